@@ -1,0 +1,1 @@
+"""Words in, words out: plain Python on text, without a model."""

@@ -1,0 +1,47 @@
+"""Fixtures every test may use: small models, the real default model, and a clean environment."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Results of small models must not depend on how busy the machine is, nor on the user's settings.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("TEXTGEN_") and name != "TEXTGEN_CACHE_DIR":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/nonexistent")
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """small_model("llama", template=...) -> folder; each is built once a run."""
+    from parts.models import build
+
+    made: dict[tuple[str, str | None], Path] = {}
+
+    def get(architecture: str, template: str | None = None) -> Path:
+        key = (architecture, template)
+        if key not in made:
+            made[key] = build(architecture, tmp_path_factory.mktemp(architecture), template=template)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The folder of the real default model, fetched and converted by the program itself; cached between runs."""
+    done = subprocess.run(
+        [sys.executable, "-m", "textgen_cli", "download"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip().splitlines()[-1])

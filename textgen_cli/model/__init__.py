@@ -1,0 +1,13 @@
+"""The one loading layer: name -> source -> device -> weights."""
+
+import os
+
+# Read by the libraries when they are imported: nothing is reported to anybody, no service is asked to convert.
+for _name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK", "DISABLE_SAFETENSORS_CONVERSION"):
+    os.environ.setdefault(_name, "1")
+
+# Torch's CPU threads wait for one another by spinning. Where other programs want the same cores the one waited for
+# does not run, and the spinning takes its time: four to five times the wall time of a short answer on two busy
+# cores. Waiting asleep after a short spin costs a quiet machine next to nothing.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -1,0 +1,139 @@
+"""Weights in 8 or 4 bits, made in memory after loading; activations keep their dtype.
+
+Owns the formats and the layer that computes with them. On a CPU in bfloat16 torch's own kernels multiply the
+packed weights; everywhere else a layer is turned back block by block while it is used, which saves memory and
+not time. It does not know how a model is loaded.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from textgen_cli.errors import ModelError
+from textgen_cli.events import Notice, Report
+
+Format = Literal["int8", "int4"]
+
+GROUP = 32  # int4: neighbours in a row that share a scale and an offset; 64 loses more than the 6 % it saves
+# Rows that the int4 kernels keep together: a matrix packed in parts of so many is packed as a whole.
+TILE = 64
+BLOCK = 1 << 20  # weights made or turned back at once
+# Up to so many rows of activations the int8 kernel is faster than turning weights back for a matrix product.
+KERNEL_ROWS = 16
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T + b, W (N, K) in int8 with a scale a row, or in int4 with a scale and an offset a group."""
+
+    weight: torch.Tensor  # int8: (N, K); int4: (N, K/2), in the kernel's order where there is one
+    scale: torch.Tensor  # int8: (N,); int4: (K/GROUP, N, 2) of scales and offsets
+    bias: torch.Tensor | None
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, form: Format) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.form = form
+        fast = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        self.kernel = fast and (form == "int8" or self.out_features % TILE == 0)
+        quantize = self._int8 if form == "int8" else self._int4
+        parts = [quantize(weight[rows]) for rows in self._blocks()]
+        self.register_buffer("weight", torch.cat([part for part, _ in parts]))
+        self.register_buffer(
+            "scale", torch.cat([scale for _, scale in parts], dim=0 if form == "int8" else 1)
+        )
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., K) -> (..., N), in the dtype of x."""
+        flat = x.reshape(-1, self.in_features)
+        y: torch.Tensor
+        if self.kernel and self.form == "int4":
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                flat, self.weight.view(torch.uint8), GROUP, self.scale
+            )
+        elif self.kernel and flat.shape[0] <= KERNEL_ROWS:
+            y = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale)
+        else:
+            y = self._turned_back(flat)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.form}"
+
+    def _blocks(self) -> Iterator[slice]:
+        step = max(TILE, BLOCK // self.in_features // TILE * TILE)
+        for start in range(0, self.out_features, step):
+            yield slice(start, start + step)
+
+    def _int8(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = (weight.float().abs().amax(dim=1) / 127).clamp_min(1e-8).to(weight.dtype)
+        # Divided by the scale as it is stored, so that its own rounding costs nothing.
+        return (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+    def _int4(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        groups = weight.float().view(weight.shape[0], -1, GROUP)  # (n, K/GROUP, GROUP)
+        low, high = groups.amin(dim=2), groups.amax(dim=2)
+        scale = ((high - low) / 15).clamp_min(1e-8).to(weight.dtype)
+        offset = (low + 8 * scale.float()).to(weight.dtype)  # what 8 means
+        codes = ((groups - offset.float()[..., None]) / scale.float()[..., None] + 8).round().clamp(0, 15)
+        codes = codes.view_as(weight).to(torch.int32)
+        if self.kernel:
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        else:
+            packed = (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
+        return packed.view(torch.int8), torch.stack([scale, offset], dim=2).transpose(0, 1).contiguous()
+
+    def _turned_back(self, flat: torch.Tensor) -> torch.Tensor:
+        y = flat.new_empty(flat.shape[0], self.out_features)
+        for rows in self._blocks():
+            if self.form == "int8":
+                y[:, rows] = nn.functional.linear(flat, self.weight[rows].to(flat.dtype)) * self.scale[rows]
+            else:
+                y[:, rows] = nn.functional.linear(flat, self._plain(rows).to(flat.dtype))
+        return y
+
+    def _plain(self, rows: slice) -> torch.Tensor:
+        """int4 that is not in a kernel's order: rows of the weights."""
+        packed = self.weight[rows].view(torch.uint8)
+        codes = torch.stack([packed & 15, packed >> 4], dim=2).view(packed.shape[0], -1, GROUP)
+        scale, offset = self.scale[:, rows].transpose(0, 1)[..., None].unbind(dim=2)  # (n, K/GROUP, 1) each
+        return ((codes.to(scale.dtype) - 8) * scale + offset).view(packed.shape[0], -1)
+
+
+def apply(net: Any, form: Format, name: str, report: Report) -> None:
+    """Replace the linear layers of a network, its head included, by quantised ones; one layer at a time.
+
+    Embedding tables stay as they are; a head that shares its table gets a quantised copy. Raises ModelError
+    E-QUANTIZE where the weights are quantised already or there is no linear layer.
+    """
+    if getattr(net.config, "quantization_config", None) is not None:
+        raise ModelError("E-QUANTIZE", name, "comes with quantised weights already", hint="drop --quantize")
+    before = _bytes(net)
+    names = [path for path, module in net.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    wide = 0
+    for path in names:
+        parent, _, child = path.rpartition(".")
+        owner = net.get_submodule(parent)
+        layer = getattr(owner, child)
+        weight = layer.weight.detach() if type(layer) is nn.Linear else layer.weight.detach().t().contiguous()
+        fits = form == "int8" or weight.shape[1] % GROUP == 0
+        wide += not fits
+        setattr(owner, child, QuantizedLinear(weight, layer.bias, form if fits else "int8").eval())
+    if not names:
+        raise ModelError("E-QUANTIZE", name, "has no linear layer that could be quantised")
+    kept = f", {wide} of them in int8 since their width is no multiple of {GROUP}" if wide else ""
+    report(
+        Notice(
+            f"{name}: {len(names)} layers in {form}{kept}; {before / 1e6:,.0f} -> {_bytes(net) / 1e6:,.0f} MB"
+        )
+    )
+
+
+def _bytes(net: Any) -> int:
+    tensors = [*net.parameters(), *net.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

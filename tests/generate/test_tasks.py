@@ -1,0 +1,270 @@
+"""Encoder-decoders by task, against transformers' own tokenizers and generate, token for token in float32."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from parts.models import TEXT, byte_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from textgen_cli.config import DecodingConfig, GenerateConfig, ModelConfig, PromptConfig
+from textgen_cli.events import silent
+from textgen_cli.generate.engines import open_engine
+from textgen_cli.text.records import Record
+
+NEW = 12
+SMALL: dict[str, Any] = {
+    "d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+def save(net: Any, tokenizer: Any, folder: Path, **generation: Any) -> Path:
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    net.generation_config = transformers.GenerationConfig(**generation)
+    net.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def sentences(folder: Path, name: str, size: int = 120) -> str:
+    """A small sentencepiece model, trained on the spot."""
+    import sentencepiece
+
+    (folder / "text.txt").write_text("\n".join(TEXT * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / name), vocab_size=size, minloglevel=2,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    (folder / "text.txt").unlink()
+    (folder / f"{name}.model").rename(folder / f"{name}.spm")
+    (folder / f"{name}.vocab").unlink()
+    return str(folder / f"{name}.spm")
+
+
+def pieces(spm: str, first: list[str]) -> dict[str, int]:
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=spm)
+    words = [model.id_to_piece(number) for number in range(model.get_piece_size())]
+    return {word: number for number, word in enumerate([*first, *(w for w in words if w not in first)])}
+
+
+def _quieten(net: Any, first: int) -> None:
+    """Language codes, which begin at `first`, shall not be most of what a random network writes."""
+    with torch.no_grad():
+        net.get_input_embeddings().weight[first:].mul_(0.2)
+
+
+def bart(folder: Path) -> Path:
+    tokenizer = byte_tokenizer()
+    config = transformers.BartConfig(
+        vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=0, pad_token_id=0, decoder_start_token_id=0,
+        forced_eos_token_id=None, **SMALL,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    net = transformers.BartForConditionalGeneration(config)
+    return save(net, tokenizer, folder, decoder_start_token_id=0, eos_token_id=0, pad_token_id=0)
+
+
+def marian(folder: Path) -> Path:
+    spm = sentences(folder, "source")
+    shutil.copy(spm, folder / "target.spm")
+    vocab = pieces(spm, ["</s>", "<unk>"])
+    vocab["<pad>"] = len(vocab)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    tokenizer = transformers.MarianTokenizer(
+        str(folder / "source.spm"), str(folder / "target.spm"), str(folder / "vocab.json")
+    )
+    pad = vocab["<pad>"]
+    config = transformers.MarianConfig(
+        vocab_size=len(vocab), pad_token_id=pad, eos_token_id=0, decoder_start_token_id=pad,
+        forced_eos_token_id=None, **SMALL,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    net = transformers.MarianMTModel(config)
+    return save(
+        net,
+        tokenizer,
+        folder,
+        decoder_start_token_id=pad,
+        eos_token_id=0,
+        pad_token_id=pad,
+        bad_words_ids=[[pad]],
+    )
+
+
+def m2m(folder: Path) -> Path:
+    sentences(folder, "sentencepiece")
+    (folder / "sentencepiece.spm").rename(folder / "sentencepiece.bpe.model")
+    vocab = pieces(str(folder / "sentencepiece.bpe.model"), ["<s>", "<pad>", "</s>", "<unk>"])
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    files = str(folder / "vocab.json"), str(folder / "sentencepiece.bpe.model")
+    tokens = list(transformers.M2M100Tokenizer(*files).lang_token_to_id)
+    # Published ones name their codes as special tokens; the class alone does not.
+    tokenizer = transformers.M2M100Tokenizer(*files, additional_special_tokens=tokens)
+    config = transformers.M2M100Config(
+        vocab_size=len(tokenizer) + 8, pad_token_id=1, eos_token_id=2, bos_token_id=0, decoder_start_token_id=2,
+        **SMALL,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    net = transformers.M2M100ForConditionalGeneration(config)
+    _quieten(net, len(vocab))
+    return save(net, tokenizer, folder, decoder_start_token_id=2, eos_token_id=2, pad_token_id=1)
+
+
+def nllb(folder: Path) -> Path:
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
+    specials = ["<s>", "<pad>", "</s>", "<unk>"]
+    bpe.train_from_iterator(
+        TEXT * 4, trainers.BpeTrainer(vocab_size=300, special_tokens=specials, show_progress=False)
+    )
+    model = json.loads(bpe.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in model["merges"]]
+    tokenizer = transformers.NllbTokenizer(vocab=model["vocab"], merges=merges, src_lang="eng_Latn")
+    config = transformers.M2M100Config(
+        vocab_size=len(tokenizer),
+        pad_token_id=1,
+        eos_token_id=2,
+        bos_token_id=0,
+        decoder_start_token_id=2,
+        **SMALL,
+    )
+    torch.manual_seed(5)
+    net = transformers.M2M100ForConditionalGeneration(config)
+    _quieten(net, len(model["vocab"]))
+    return save(net, tokenizer, folder, decoder_start_token_id=2, eos_token_id=2, pad_token_id=1)
+
+
+MAKERS: dict[str, Callable[[Path], Path]] = {"bart": bart, "marian": marian, "m2m": m2m, "nllb": nllb}
+
+
+@pytest.fixture(scope="module")
+def folder_of(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name in ("marian", "m2m"):
+            pytest.importorskip("sentencepiece")
+        if name not in made:
+            made[name] = small_model("t5") if name == "t5" else MAKERS[name](tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+def texts(
+    folder: Path, task: str, records: list[dict[str, Any]], options: dict[str, Any], **decoding: Any
+) -> list[str]:
+    config = GenerateConfig(
+        model=ModelConfig(model=str(folder), dtype="float32", device="cpu"),
+        decoding=DecodingConfig(max_new_tokens=NEW, **decoding),
+        prompting=PromptConfig(task=task, **options),  # type: ignore[arg-type]
+    )
+    opened = open_engine(config, 0, silent)
+    requests = [r for index, fields in enumerate(records) for r in opened.prompter(Record(index, fields))]
+    found = {request.index: "" for request in requests}
+    for chunk in opened.engine.stream(requests):
+        assert chunk.final is None or chunk.final.error is None
+        found[chunk.index] += chunk.text
+    return list(found.values())
+
+
+def reference(folder: Path, prompt: str, source: str | None, target: str | None, **settings: Any) -> str:
+    """What transformers' own documentation says: src_lang on the tokenizer, forced_bos_token_id to generate."""
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    net: Any = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32)
+    if source and target:
+        tokenizer.src_lang = source
+        known = hasattr(tokenizer, "get_lang_id")
+        forced = tokenizer.get_lang_id(target) if known else tokenizer.convert_tokens_to_ids(target)
+        settings["forced_bos_token_id"] = forced
+    ids = net.generate(
+        **tokenizer(prompt, return_tensors="pt"), do_sample=False, max_new_tokens=NEW, **settings
+    )[0]
+    if target:
+        assert ids[1] == settings["forced_bos_token_id"]
+    return str(tokenizer.decode(ids[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+# task, options, fields of a record -> what the model must see, its source and its target code
+CASES: list[Any] = [
+    ("t5", "translate", {"to": "de"}, {"text": TEXT[0]}, f"translate English to German: {TEXT[0]}", None, None),
+    ("t5", "summarize", {}, {"text": TEXT[1]}, f"summarize: {TEXT[1]}", None, None),
+    ("t5", "qa", {"question": "who?"}, {"context": TEXT[1]}, f"question: who? context: {TEXT[1]}", None, None),
+    ("bart", "summarize", {}, {"text": TEXT[1]}, TEXT[1], None, None),
+    ("marian", "translate", {"to": "French"}, {"text": TEXT[0]}, TEXT[0], None, None),
+    ("m2m", "translate", {"from_": "German", "to": "French"}, {"text": TEXT[0]}, TEXT[0], "de", "fr"),
+    ("nllb", "translate", {"to": "French"}, {"text": TEXT[0]}, TEXT[0], "eng_Latn", "fra_Latn"),
+    ("nllb", "translate", {}, {"text": TEXT[1], "from": "de", "to": "pol_Latn"}, TEXT[1], "deu_Latn", "pol_Latn"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}-{case[-1]}")
+def test_equals_transformers(folder_of: Callable[[str], Path], case: Any, num_beams: int) -> None:
+    name, task, options, fields, prompt, source, target = case
+    folder = folder_of(name)
+    expected = reference(folder, prompt, source, target, num_beams=num_beams)
+    decoding: dict[str, Any] = {"greedy": True} if num_beams == 1 else {"num_beams": num_beams}
+    [text] = texts(folder, task, [fields], options, **decoding)
+    assert text == expected
+    assert len(text) > 5 or num_beams > 1
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_records_of_one_batch_keep_their_languages(folder_of: Callable[[str], Path], num_beams: int) -> None:
+    folder = folder_of("nllb")
+    records = [
+        {"text": text, "from": source, "to": target}
+        for text in TEXT[:2]
+        for source, target in (("English", "French"), ("German", "Polish"), ("English", "Polish"))
+    ]
+    codes = {"English": "eng_Latn", "German": "deu_Latn", "French": "fra_Latn", "Polish": "pol_Latn"}
+    decoding: dict[str, Any] = {"greedy": True} if num_beams == 1 else {"num_beams": num_beams}
+    assert texts(folder, "translate", records, {}, **decoding) == [
+        reference(folder, r["text"], codes[r["from"]], codes[r["to"]], num_beams=num_beams) for r in records
+    ]
+
+
+@pytest.mark.slow
+def test_from_the_command_line(folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of("nllb")
+    argv = [
+        sys.executable,
+        "-m",
+        "textgen_cli",
+        "generate",
+        "-m",
+        str(folder),
+        "--dtype",
+        "float32",
+        "--task",
+        "translate",
+    ]
+    argv += ["--device", "cpu", "--greedy", "-n", str(NEW)]
+
+    def run(*args: str, stdin: str) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [*argv, *args], input=stdin, capture_output=True, text=True, timeout=60, check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    expected = reference(folder, TEXT[0], "eng_Latn", "fra_Latn")
+    assert run("--to", "French", stdin=TEXT[0] + "\n") == (0, expected + "\n", "")
+    code, out, err = run("--to", "Klingon", stdin=TEXT[0])
+    assert (code, out) == (2, "")
+    assert "[E-LANGUAGE] --to: this model has no code for 'Klingon'" in err

@@ -1,0 +1,1 @@
+"""The wing of textgen generate: prompts in, chunks of text out."""

@@ -1,0 +1,311 @@
+"""The conversation at a terminal: a real pseudo-terminal, a small real model, and the batch as the reference."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+from parts.models import CHAT_TEMPLATE
+
+PROMPT = "\r\n> "
+GREEDY = ("--greedy", "-n", "12")
+Talk = Callable[..., "Person"]
+
+pytestmark = pytest.mark.slow  # each talks with a real program on a terminal
+
+
+class Person:
+    """Somebody at a terminal."""
+
+    def __init__(self, argv: list[str], env: dict[str, str], folder: Path) -> None:
+        self.folder = folder
+        self.child = pexpect.spawn(
+            argv[0], argv[1:], env=env, cwd=str(folder), timeout=60, encoding="utf-8", dimensions=(40, 100)
+        )
+        self.child.expect_exact(PROMPT)
+
+    def say(self, *lines: str) -> str:
+        """Say this, and return what the terminal showed until the next prompt."""
+        for line in lines:
+            self.child.sendline(line)
+        # Each line is echoed; what follows the last one is the answer.
+        self.child.expect_exact(PROMPT)
+        return str(self.child.before)
+
+    def history(self) -> list[dict[str, Any]]:
+        self.say("/save now.jsonl")
+        messages: list[dict[str, Any]] = json.loads((self.folder / "now.jsonl").read_text())["messages"]
+        return messages
+
+    def leave(self) -> int:
+        self.child.sendeof()
+        self.child.expect(pexpect.EOF)
+        self.child.close()
+        return int(self.child.exitstatus)
+
+
+@pytest.fixture(scope="module")
+def folder(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small chat model with the tokens that a long answer needs."""
+    copy = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(small_model("llama", CHAT_TEMPLATE), copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def long_folder(folder: Path) -> Path:
+    """The same model for answers that last until they are stopped."""
+    copy = folder.parent / "long"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000}))
+    return copy
+
+
+@pytest.fixture(name="talk")
+def _talk(program: list[str], env: dict[str, str], folder: Path, tmp_path: Path) -> Iterator[Talk]:
+    inputrc = tmp_path / "inputrc"
+    inputrc.write_text("set enable-bracketed-paste off\n")
+    people = []
+
+    def talk(*args: str, model: Path = folder, **more: str) -> Person:
+        argv = [
+            *program,
+            "generate",
+            "--chat",
+            "-m",
+            str(model),
+            "--dtype",
+            "float32",
+            "--device",
+            "cpu",
+            *args,
+        ]
+        person = Person(argv, {"TERM": "xterm", "INPUTRC": str(inputrc)} | env | more, tmp_path)
+        people.append(person)
+        return person
+
+    yield talk
+    for person in people:
+        person.child.close(force=True)
+
+
+def batch(
+    program: list[str], env: dict[str, str], folder: Path, conversations: list[Any], *args: str
+) -> list[str]:
+    """The texts that piped records with these messages give."""
+    records = "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations)
+    argv = [
+        *program,
+        "generate",
+        "--jsonl",
+        "-m",
+        str(folder),
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        *args,
+    ]
+    done = subprocess.run(argv, env=env, input=records.encode(), capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    return [json.loads(line)["text"] for line in done.stdout.splitlines()]
+
+
+def test_answers_are_those_of_piped_records(
+    talk: Talk, program: list[str], env: dict[str, str], folder: Path
+) -> None:
+    person = talk("--system", "Be brief.", *GREEDY)
+    for said in ("hello", "what is a fox", "and a dog?"):
+        assert "no longer fit" not in person.say(said)
+    history = person.history()
+    assert [m["role"] for m in history] == ["system", *["user", "assistant"] * 3]
+    asked = [history[:end] for end in range(2, len(history), 2)]
+    assert [m["content"] for m in history[2::2]] == batch(program, env, folder, asked, *GREEDY)
+
+    # Now the context of 128 tokens is full: the oldest turns go, and the person is told.
+    shown = person.say("and now for something completely different, as they say")
+    dropped = int(re.search(r"\(the (\d+) oldest messages no longer fit\)", shown)[1])  # type: ignore[index]
+    assert dropped >= 2 and dropped % 2 == 0
+    history = person.history()
+    seen = [history[0], *history[1 + dropped : -1]]
+    assert seen[1]["role"] == "user"
+    assert [history[-1]["content"]] == batch(program, env, folder, [seen], *GREEDY)
+    assert person.leave() == 0
+
+
+def test_commands(talk: Talk, program: list[str], env: dict[str, str], folder: Path) -> None:
+    person = talk("-n", "10", "--seed", "5")
+    person.say("tell me more")
+    first = person.history()
+    assert [first[1]["content"]] == batch(program, env, folder, [first[:1]], "-n", "10", "--seed", "5")
+
+    person.say("/retry")
+    second = person.history()
+    assert len(second) == 2
+    assert [second[1]["content"]] == batch(program, env, folder, [first[:1]], "-n", "10", "--seed", "6")
+    assert second != first
+
+    person.say("/system Be brief.")
+    assert person.history() == [{"role": "system", "content": "Be brief."}, *second]
+    person.say("/reset")
+    assert person.history() == [{"role": "system", "content": "Be brief."}]
+    person.say("/system")
+    assert "save FILE" in person.say("/help")
+
+    (person.folder / "old talk.jsonl").write_text(json.dumps({"messages": second}) + "\n")
+    person.say('/load "old talk.jsonl"')
+    assert person.history() == second
+    person.say("/set greedy true")
+    person.say("/set max-new-tokens 4")
+    person.say("again")
+    after = person.history()
+    assert [after[-1]["content"]] == batch(program, env, folder, [after[:-1]], "--greedy", "-n", "4")
+    assert person.leave() == 0
+
+
+WRONG = [
+    ("/nonsense", "[E-CHAT] /nonsense: is no command"),
+    ("/retry", "[E-CHAT] /retry: nothing has been asked yet"),
+    ("/set", "[E-CHAT] /set: takes a name and a value"),
+    ("/set temperature", "[E-CHAT] /set: takes a name and a value"),
+    ("/set heat 3", "[E-CHAT] /set heat: is no decoding setting"),
+    ("/set num_return_sequences 3", "is no decoding setting"),
+    ("/set temperature hot", "[E-CHAT] /set temperature: is a number, not 'hot'"),
+    ("/set top_k 1.5", "[E-CHAT] /set top_k: is a whole number, not '1.5'"),
+    ("/set greedy perhaps", "[E-CHAT] /set greedy: is true or false"),
+    ("/set temperature -1", "[E-RANGE] --temperature: must be >= 0"),
+    ("/set temperature nan", "[E-RANGE] --temperature: must be >= 0"),
+    ("/set seed many", "[E-RANGE] --seed: must be 'random'"),
+    ("/set bad_words missing.txt", "missing.txt"),
+    ("/save", "[E-CHAT] /save: takes the name of a file"),
+    ("/save a b", "[E-CHAT] /save: takes the name of a file"),
+    ("/save 'a", "[E-CHAT] /save: takes the name of a file"),
+    ("/save no/such/folder", "[E-WRITE] no/such/folder: no such file or directory"),
+    ("/load missing", "[E-READ] missing: no such file or directory"),
+    ("/load inputrc", "[E-INPUT] inputrc: is no JSON record"),
+    ("/load empty.json", "[E-FIELD] messages: must be a list"),
+    ("word " * 200, "[E-CONTEXT] prompt: "),
+]
+
+
+def test_a_mistake_is_told_and_the_conversation_goes_on(talk: Talk) -> None:
+    person = talk(*GREEDY)
+    (person.folder / "empty.json").write_text("{}")
+    for said, told in WRONG:
+        shown = re.sub(r"\s+", " ", person.say(said))
+        assert told in shown, (said, shown)
+    person.say("/set seed random")
+    person.say("hello")
+    assert [m["role"] for m in person.history()] == ["user", "assistant"]
+    assert person.leave() == 0
+
+
+def test_several_lines_are_one_message(talk: Talk) -> None:
+    person = talk(*GREEDY)
+    person.say("one\\", "two")
+    person.say('"""', "/first", "", "second\\", '"""')
+    person.say(" /usr is a folder")
+    said = [m["content"] for m in person.history() if m["role"] == "user"]
+    assert said == ["one\ntwo", "/first\n\nsecond\\", " /usr is a folder"]
+    pytest.importorskip("readline")
+    person.say("\x1b[A\x1b[A, too")  # the line before the last
+    assert person.history()[-2]["content"] == " /usr is a folder, too"
+    person.child.sendline("half\\")
+    person.child.expect_exact("… ")
+    person.child.sendintr()  # takes the half message back
+    person.child.expect_exact(PROMPT)
+    assert len(person.history()) == 8
+    assert person.leave() == 0
+
+
+HOSTILE = "**bold** \x1b]52;c;eA==\x07 &#x202e;x [name](http://example.org/y) [red]z[/red]"
+
+
+SLOW_COLOUR = pytest.param({"NO_COLOR": "1"}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("term", [{}, SLOW_COLOUR, {"TERM": "dumb"}], ids=str)
+def test_what_is_shown_of_an_answer(talk: Talk, term: dict[str, str]) -> None:
+    """The grammar makes the model say what a hostile one would."""
+    person = talk("--choices", HOSTILE, "-n", "100", **term)
+    shown = person.say("go on")
+    assert person.history()[1]["content"] == HOSTILE
+    assert "\x1b]" not in shown and "\x07" not in shown and "\u202e" not in shown
+    assert "\\x1B]52;c;eA==\\x07" in shown and "[red]z[/red]" in shown
+    if term.get("TERM") == "dumb":
+        assert "\x1b" not in shown
+        assert "**bold**" in shown
+    else:
+        assert re.search(r"\x1b\[1mbold\x1b\[0m", shown)
+        assert "\\u{202E}x" in shown
+        assert "http://example.org/y" in shown
+        assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]m", shown)) != ("NO_COLOR" in term)
+    assert person.leave() == 0
+
+
+@pytest.mark.parametrize("term", ["xterm", pytest.param("dumb", marks=pytest.mark.slow)])
+def test_ctrl_c_stops_the_answer_only(talk: Talk, long_folder: Path, term: str) -> None:
+    person = talk("-n", "20000", "--min-new-tokens", "20000", model=long_folder, TERM=term)
+    for number in (1, 2):
+        person.child.sendline("go on for ever")
+        person.child.expect(r"ever\r\n(.|\r|\n){60,}")  # some of the answer has come
+        person.child.sendintr()
+        person.child.expect_exact("(stopped)")
+        person.child.expect_exact(PROMPT)
+        history = person.history()
+        assert [m["role"] for m in history] == ["user", "assistant"] * number
+        assert history[-1]["content"]
+    person.child.sendintr()  # at the prompt nothing is stopped
+    person.child.expect_exact(PROMPT)
+    assert person.leave() == 0
+
+
+@pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_sigterm_ends_it(talk: Talk, long_folder: Path, busy: bool) -> None:
+    person = talk("-n", "20000", "--min-new-tokens", "20000", model=long_folder)
+    if busy:
+        person.child.sendline("go on for ever")
+        person.child.expect(r"ever\r\n(.|\r|\n){60,}")
+    person.child.kill(signal.SIGTERM)
+    person.child.expect(pexpect.EOF)
+    person.child.close()
+    assert person.child.signalstatus == signal.SIGTERM
+    assert "Traceback" not in person.child.before
+    if busy:
+        assert "\x1b[?25h" in person.child.before  # the cursor is back
+
+
+def test_no_conversation_without_a_terminal(program: list[str], env: dict[str, str]) -> None:
+    master, slave = pty.openpty()
+    for args in (["--chat"], ["--chat", "--no-stdin"], ["--task", "chat"]):
+        done = subprocess.run(
+            [*program, "generate", *args], env=env, stdin=slave, capture_output=True, timeout=60, check=False
+        )
+        assert done.returncode == 2 and done.stdout == b""
+        assert done.stderr.startswith(b"textgen: error: [E-USAGE] textgen generate: no prompt\n")
+    os.close(slave)
+    os.close(master)
+
+
+@pytest.mark.parametrize(
+    ("args", "name"), [(("--num-return-sequences", "2"), "E-CONFLICT"), ((), "E-TEMPLATE")]
+)
+def test_what_cannot_become_a_conversation(
+    program: list[str], env: dict[str, str], folder: Path, small_model: Any, args: tuple[str, ...], name: str
+) -> None:
+    model = folder if args else small_model("gpt2")
+    child = pexpect.spawn(
+        program[0], ["generate", "--chat", "-m", str(model), *args], env={"TERM": "xterm"} | env, timeout=60
+    )
+    child.expect(pexpect.EOF)
+    child.close()
+    assert (child.exitstatus, name.encode() in child.before) == (2 if args else 5, True)

@@ -1,0 +1,151 @@
+"""Measures whole processes side by side and prints ratios.
+
+The two sides of a comparison take turns, and which goes first alternates, so that a slow minute of the
+machine falls on both; the figure is the median of the rounds' ratios. It does not know what it measures.
+"""
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished process."""
+
+    seconds: float  # wall time
+    peak: int  # bytes of resident memory at most
+    output: str  # stdout
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is measured: a command line, the environment added to ours, and the exit code it must have."""
+
+    name: str
+    argv: Sequence[str]
+    env: Mapping[str, str] | None = None
+    code: int = 0
+
+    def __call__(self) -> Run:
+        """Run it once, standard input closed. Raises RuntimeError when the exit code is another one."""
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            start = time.perf_counter()
+            child = subprocess.Popen(
+                self.argv,
+                env={**os.environ, **(self.env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+            )
+            # wait4 gives the peak memory of this very child.
+            _, status, usage = os.wait4(child.pid, 0)
+            seconds = time.perf_counter() - start
+            child.returncode = os.waitstatus_to_exitcode(status)
+            out.seek(0)
+            err.seek(0)
+            if child.returncode != self.code:
+                raise RuntimeError(f"{self.name}: exit {child.returncode}: {err.read().decode()[-2000:]}")
+            unit = 1 if sys.platform == "darwin" else 1024
+            return Run(seconds, usage.ru_maxrss * unit, out.read().decode())
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One figure: seconds of ours / seconds of the peer, round by round."""
+
+    name: str
+    ours: Sequence[Run]
+    peer: Sequence[Run]
+    target: float  # at most
+
+    @property
+    def rounds(self) -> list[float]:
+        """The ratio of each round."""
+        return [a.seconds / b.seconds for a, b in zip(self.ours, self.peer, strict=True)]
+
+    @property
+    def met(self) -> bool:
+        """Whether the median ratio is within the target."""
+        return statistics.median(self.rounds) <= self.target
+
+
+def compare(
+    name: str, ours: Callable[[], Run], peer: Callable[[], Run], *, rounds: int, target: float
+) -> Ratio:
+    """Measure two sides in turn, after one round that only warms the caches."""
+    ours()
+    peer()
+    measured: tuple[list[Run], list[Run]] = ([], [])
+    for number in range(rounds):
+        order = ((0, ours), (1, peer)) if number % 2 == 0 else ((1, peer), (0, ours))
+        for side, run in order:
+            measured[side].append(run())
+    return Ratio(name, measured[0], measured[1], target)
+
+
+def table(ratios: Sequence[Ratio]) -> str:
+    """The ratios as aligned text: median and range, median seconds and peak memory of both sides."""
+    head = (
+        "figure",
+        "ratio",
+        "lowest",
+        "highest",
+        "target",
+        "",
+        "ours s",
+        "peer s",
+        "ours MB",
+        "peer MB",
+        "rounds",
+    )
+    rows = [head, *(row(ratio) for ratio in ratios)]
+    widths = [max(len(line[column]) for line in rows) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
+                  for column, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        for line in rows
+    )  # fmt: skip
+
+
+def row(ratio: Ratio) -> tuple[str, ...]:
+    """One line of the table."""
+    seconds = [statistics.median(run.seconds for run in side) for side in (ratio.ours, ratio.peer)]
+    peaks = [max(run.peak for run in side) / 1e6 for side in (ratio.ours, ratio.peer)]
+    return (
+        ratio.name,
+        f"{statistics.median(ratio.rounds):.3f}",
+        f"{min(ratio.rounds):.3f}",
+        f"{max(ratio.rounds):.3f}",
+        f"<= {ratio.target:g}",
+        "met" if ratio.met else "MISSED",
+        f"{seconds[0]:.3f}",
+        f"{seconds[1]:.3f}",
+        f"{peaks[0]:.0f}",
+        f"{peaks[1]:.0f}",
+        str(len(ratio.rounds)),
+    )
+
+
+def machine() -> str:
+    """What the figures were measured on: processor, threads and versions."""
+    try:
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        facts = []
+    models = (line.partition(":")[2].strip() for line in facts if line.startswith("model name"))
+    cpu = next(models, platform.processor() or platform.machine())
+    libraries = ("textgen-cli", "torch", "transformers", "typer", "rich")
+    versions = ", ".join(f"{name} {version(name)}" for name in libraries)
+    threads = os.environ.get("OMP_NUM_THREADS", "torch's choice")
+    return (
+        f"{cpu}, {os.cpu_count()} cores, threads: {threads}; Python {platform.python_version()}, {versions}"
+    )

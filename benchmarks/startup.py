@@ -1,0 +1,141 @@
+"""How fast the program starts: help and errors, a first answer of a cached model, a load once converted.
+
+The peers are what anybody would write instead: importing the two libraries of the face, and the short script
+with AutoTokenizer and AutoModelForCausalLM on the folder that `textgen download` prints.
+"""
+
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.runner import Ratio, Run, Side, compare, table
+
+ROOT = Path(__file__).parent.parent
+TEXTGEN = str(Path(sysconfig.get_path("scripts")) / "textgen")
+PROMPT = "Once upon a time"
+TOKENS = 32
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+
+FACE = Side("import typer, rich.console", [sys.executable, "-c", "import typer, rich.console"])
+COMPLETE = {"_TEXTGEN_COMPLETE": "complete_bash", "COMP_WORDS": "textgen generate --max", "COMP_CWORD": "2"}
+LIGHT = (
+    Side("--help", [TEXTGEN, "--help"]),
+    Side("--version", [TEXTGEN, "--version"]),
+    Side("bash completion", [TEXTGEN], COMPLETE),
+    Side("usage error", [TEXTGEN, "generate", "--no-such-option"], code=2),
+)
+
+PLAIN = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, prompt, tokens, dtype = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+inputs = tokenizer(prompt, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=int(tokens), do_sample=False)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+"""
+
+LOAD = """
+import sys, time
+from pathlib import Path
+from textgen_cli.config import ModelConfig
+from textgen_cli.events import Progress
+from textgen_cli.model.load import load
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # else imported at first use
+start = time.perf_counter()
+def report(event):
+    # Fetching is the network's time: the clock starts anew when the conversion begins.
+    global start, converting
+    if isinstance(event, Progress) and event.stage == "convert" and not converting:
+        start, converting = time.perf_counter(), True
+converting = False
+load(ModelConfig(cache_dir=Path(sys.argv[1])), "generate", report)
+print(converting, time.perf_counter() - start)
+"""
+
+
+def run(quick: bool) -> bool:
+    """Print the three comparisons; whether every target was met."""
+    steps: tuple[Callable[[bool], list[Ratio]], ...] = (light, cold, second_load)
+    met = True
+    for step in steps:
+        ratios = step(quick)
+        print(table(ratios), end="\n\n", flush=True)
+        met = met and all(ratio.met for ratio in ratios)
+    return met
+
+
+def light(quick: bool) -> list[Ratio]:
+    """What needs no model, against importing the libraries of the face.
+
+    Raises RuntimeError where torch is imported.
+    """
+    for side in LIGHT:
+        log = Side(side.name, ["sh", "-c", '"$@" 2>&1', "sh", *side.argv],
+                   {**(side.env or {}), "PYTHONPROFILEIMPORTTIME": "1"}, side.code)  # fmt: skip
+        modules = {line.rpartition("|")[2].strip() for line in log().output.splitlines()}
+        if "torch" in modules or "typer" not in modules:
+            raise RuntimeError(f"{side.name}: torch is imported, or the import log cannot be read")
+    print("torch imported: no, in " + ", ".join(side.name for side in LIGHT))
+    rounds = 5 if quick else 15
+    return [compare(side.name, side, FACE, rounds=rounds, target=2.5) for side in LIGHT]
+
+
+def cold(quick: bool) -> list[Ratio]:
+    """A whole first answer of the cached default model, against the plain script on the same folder."""
+    folder = Side("download", [TEXTGEN, "download"])().output.splitlines()[-1]
+    ratios = []
+    for dtype in ("float32", "auto"):
+        ours = generate(dtype)
+        peer = Side(
+            "plain script", [sys.executable, "-c", PLAIN, folder, PROMPT, str(TOKENS), dtype], OFFLINE
+        )
+        if dtype == "float32":
+            same_work(ours(), peer())
+        name = f"cold generate, {dtype}"
+        ratios.append(compare(name, ours, peer, rounds=3 if quick else 9, target=0.75))
+    return ratios
+
+
+def generate(dtype: str) -> Side:
+    """The program's side of the cold start."""
+    argv = [TEXTGEN, "generate", PROMPT, "-n", str(TOKENS), "--greedy", "--dtype", dtype]
+    return Side("textgen generate", argv, OFFLINE)
+
+
+def same_work(ours: Run, peer: Run) -> None:
+    """Raise RuntimeError unless both wrote the same continuation (ours may leave out the prompt)."""
+    text = peer.output.strip()
+    if ours.output.strip() not in (text, text.removeprefix(PROMPT).strip()):
+        raise RuntimeError(f"the sides disagree:\nours: {ours.output!r}\npeer: {peer.output!r}")
+    print(f"same greedy text on both sides in float32: {text[:60]!r}...")
+
+
+def second_load(quick: bool) -> list[Ratio]:
+    """load() of the converted model against the first, converting one; neither with imports or fetching."""
+    firsts, seconds = [], []
+    for _ in range(1 if quick else 3):
+        cache = tempfile.mkdtemp()
+        try:
+            firsts.append(loading(cache, converts=True))
+            seconds.append(loading(cache, converts=False))
+        finally:
+            shutil.rmtree(cache)
+    return [Ratio("second load / first (converting) load", seconds, firsts, 1 / 20)]
+
+
+def loading(cache: str, *, converts: bool) -> Run:
+    """One load in a process of its own, timed inside it.
+
+    Raises RuntimeError where it converts against expectation.
+    """
+    side = Side("load", [sys.executable, "-c", LOAD, cache], {"PYTHONPATH": str(ROOT)})
+    done = side()
+    converted, took = done.output.split()
+    if (converted == "True") != converts:
+        raise RuntimeError(f"load: converted={converted}, expected {converts}")
+    return Run(float(took), done.peak, done.output)

@@ -1,0 +1,1 @@
+complete --command textgen --no-files --arguments "(env _TEXTGEN_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS=(commandline -cp) textgen)" --condition "env _TEXTGEN_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS=(commandline -cp) textgen"

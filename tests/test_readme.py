@@ -1,0 +1,87 @@
+"""The commands of README.md and docs/guide.md, run as they stand with the installed program."""
+
+import os
+import re
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(?:<!-- (?P<mark>\w+) -->\n)?```sh\n(?P<script>.*?)```", re.DOTALL)
+INSTALL = "pip install . && "
+
+
+def blocks(name: str) -> list[tuple[str | None, str]]:
+    """The `sh` blocks of a document, each with the marker comment before it."""
+    return [(m["mark"], m["script"]) for m in BLOCK.finditer((ROOT / name).read_text(encoding="utf-8"))]
+
+
+def run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env=os.environ | {"PATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=280,
+        check=False,
+    )
+
+
+SEED_EXAMPLE = "--num-return-sequences 5"  # has a test of its own
+EXAMPLES = [
+    pytest.param(script, id=f"{name}-{number}")
+    for name in ("README.md", "docs/guide.md")
+    for number, (mark, script) in enumerate(blocks(name), 1)
+    if mark is None and SEED_EXAMPLE not in script
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", EXAMPLES)
+def test_an_example_runs(script: str, tmp_path: Path) -> None:
+    done = run(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    # Silent on stderr when all is well; the examples of failure say their exit code.
+    assert (done.stderr == "") == ("exit code" not in script)
+    assert done.stdout or ">" in script
+
+
+def test_the_two_commands_stand_in_the_readme() -> None:
+    marked = {mark: script.strip() for mark, script in blocks("README.md") if mark}
+    assert marked == {
+        "run": f'{INSTALL}textgen generate "Once upon a time"',
+        "test": 'pip install ".[test]" && pytest',
+    }
+
+
+@pytest.mark.slow
+def test_the_first_command_writes_text(tmp_path: Path) -> None:
+    marked = {mark: script for mark, script in blocks("README.md") if mark}
+    done = run(marked["run"].removeprefix(INSTALL), tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.split()) > 20
+
+
+@pytest.mark.slow
+def test_five_sequences_differ(tmp_path: Path) -> None:
+    script = next(script for _, script in blocks("README.md") if SEED_EXAMPLE in script)
+    done = run(script, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(set(filter(None, done.stdout.split("\n")))) >= 5
+
+
+def test_every_exit_code_is_in_the_readme() -> None:
+    rows = re.findall(r"\| (\d+) \| [a-z]", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert sorted(map(int, rows)) == list(range(12))
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/guide.md"])
+def test_local_links_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    targets = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []

@@ -30,7 +30,7 @@ def open_missing_descriptors() -> frozenset[int]:
 
 def forget_script_folder() -> None:
     """Import nothing from the script's folder or, under `python -m`, the current one."""
-    package_parent = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
+    package_parent = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120 - pathlib is slow to import
     if not sys.flags.safe_path and sys.path and sys.path[0] != package_parent:
         del sys.path[0]
 

@@ -107,7 +107,7 @@ def _obey(conversation: Conversation, screen: Console, said: str) -> None:
 
 def _show(screen: Console, chunks: Iterator[Chunk], conversation: Conversation) -> None:
     """Show an answer; Ctrl-C ends the answer, not the conversation."""
-    with closing(chunks) as open_chunks:  # type: ignore[type-var]
+    with closing(chunks) as open_chunks:  # type: ignore[type-var]  # a generator
         show = _show_plainly if screen.is_dumb_terminal else _show_live
         if not show(screen, open_chunks):
             screen.print("(stopped)", style="dim", highlight=False)

@@ -279,4 +279,4 @@ def _disguise(
     parameters = [context, *keyword_only, *options, dump]
     run.__name__, run.__doc__ = body.__name__, body.__doc__
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # any function may bear one

@@ -14,6 +14,7 @@ class Progress:
     total: float | None = None
     unit: str = ""  # "bytes", "records", "tokens"; "" where only the stage matters
     detail: str = ""  # more for people: how fast it goes, how long the rest will take
+    part: str = ""  # one of several things that the work does at once, such as a file; "": the whole of it
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,15 @@ class Notice:
     name: str = ""  # W-NAME: a warning; "hint": shown on a terminal; "": a choice, which only -v shows
 
 
-Event = Progress | Notice
+@dataclass(frozen=True)
+class Measured:
+    """Figures of a running training by their names: one log (`loss`, ...) or evaluation (`eval_loss`, ...)."""
+
+    step: int  # updates of the weights so far
+    values: dict[str, float]
+
+
+Event = Progress | Notice | Measured
 Report = Callable[[Event], None]
 
 

@@ -131,6 +131,7 @@ class Stub:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else each answer waits for the client's delayed ACK
 
             def do_GET(self) -> None:
                 self.serve({})

@@ -52,6 +52,8 @@ class Fault:
     headers: Mapping[str, str | None] = field(default_factory=dict)  # added or replaced; None: left out
     body: bytes | None = None  # sent as it is, with a fitting length
     cut: int | None = None  # bytes of the body after which the connection ends
+    trickle: float = 0.0  # seconds after each byte of the body
+    whole: bool = False  # Range is not obeyed
     stall: float = 0.0  # seconds of silence before the answer; ends early with the hub
     then: Callable[[], Any] | None = None  # called before the answer is sent
 
@@ -131,8 +133,8 @@ class Hub:
         """Status, headers and body for a path without its query."""
         if match := re.fullmatch(r"/api/models/(.+?)/revision/(.+)", path):
             return self._revision(*match.groups())
-        if match := re.fullmatch(r"/api/models/(.+?)/tree/([^/]+)", path):
-            return self._tree(*match.groups())
+        if match := re.fullmatch(r"/api/models/(.+?)/tree/([^/?]+)(\?.*)?", path):
+            return self._tree(match[1], match[2], deep="recursive=true" in (match[3] or "").lower())
         if match := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
             return self._file(*match.groups())
         return 404, {}, b"no such page"
@@ -154,13 +156,13 @@ class Hub:
             json.dumps({"id": repo, "sha": commit, "siblings": siblings}).encode(),
         )
 
-    def _tree(self, repo: str, revision: str) -> tuple[int, dict[str, str], bytes]:
+    def _tree(self, repo: str, revision: str, *, deep: bool) -> tuple[int, dict[str, str], bytes]:
         commit = self._commit(repo, revision)
         if commit is None:
             return self._absent(repo)
         entries: dict[str, dict[str, Any]] = {}
         for name, content in self.commits[repo, commit].items():
-            if "/" in name:  # the tests ask for the top folder only
+            if "/" in name and not deep:
                 top = name.partition("/")[0]
                 entries[top] = {"type": "directory", "path": top, "oid": "0" * 40, "size": 0}
                 continue
@@ -207,11 +209,16 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 hub.stopping.wait(fault.stall)
             if fault.then:
                 fault.then()
-            self._reply(*self._spoiled(fault, request), cut=fault.cut)
+            self._reply(*self._spoiled(fault, request), cut=fault.cut, trickle=fault.trickle)
 
         def _spoiled(self, fault: Fault, request: Request) -> tuple[int, dict[str, str], bytes]:
-            status, headers, body = hub.answer(unquote(urlsplit(self.path).path))
-            if match := re.fullmatch(r"bytes=(\d+)-", request.headers.get("range", "")):
+            path = urlsplit(self.path)
+            status, headers, body = hub.answer(
+                unquote(path.path + ("?" + path.query if "/tree/" in path.path else ""))
+            )
+            current = request.headers.get("if-range") in (None, {**headers, **fault.headers}.get("ETag"))
+            match = re.fullmatch(r"bytes=(\d+)-", request.headers.get("range", ""))
+            if match and current and not fault.whole and status == 200:
                 start = int(match[1])
                 headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
                 status, body = 206, body[start:]
@@ -226,11 +233,18 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     headers[name] = value
             return status, headers, body
 
-        def _reply(self, status: int, headers: dict[str, str], body: bytes, *, cut: int | None) -> None:
+        def _reply(
+            self, status: int, headers: dict[str, str], body: bytes, *, cut: int | None, trickle: float
+        ) -> None:
             lines = [f"HTTP/1.1 {status} x", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
             try:
                 self.wfile.write("\r\n".join(lines).encode("latin-1"))
-                if self.command != "HEAD":
+                for at in range(len(body) if trickle else 0):
+                    self.wfile.write(body[at : at + 1])
+                    self.wfile.flush()
+                    if hub.stopping.wait(trickle):
+                        break
+                if self.command != "HEAD" and not trickle:
                     self.wfile.write(body if cut is None else body[:cut])
                     self.close_connection = cut is not None or "Content-Length" not in headers
                 self.wfile.flush()

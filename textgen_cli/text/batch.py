@@ -25,6 +25,7 @@ class Result:
     record: Record
     outputs: Sequence[dict[str, Any]]
     failed: bool = False
+    tokens: int = 0  # that were generated or scored for it
 
 
 def failure(record: Record, error: TextgenError | dict[str, str]) -> Result:

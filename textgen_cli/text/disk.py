@@ -46,6 +46,20 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file that is there whole or not at all. OutputError E-WRITE where that fails."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with guard(path):
+        try:
+            with part.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
 def open_old(path: Path) -> int:
     """Open a regular file of our own for reading and appending; no link is followed."""
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW)
@@ -113,7 +127,7 @@ def _flock(fd: int, path: Path) -> None:
         if not os.fstat(fd).st_size:
             path.unlink()
         fact = "its file system has no locks"
-        raise BusyError("E-NO-LOCKS", str(path), fact, hint="--no-lock runs without") from error
+        raise BusyError("E-NO-LOCKS", str(path), fact, hint="write to another one") from error
 
 
 def there(path: Path) -> bool:

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from textgen_cli.errors import InputError
+from textgen_cli.events import Notice, Report
 
 LINE_LIMIT = 16 << 20  # bytes of one record
 SKIP_LIMIT = 1 << 30  # bytes of one line after which the input is no text at all
 DEPTH_LIMIT = 128  # arrays and objects inside one another
 DIGIT_LIMIT = 1000  # digits of an integer
 ID_LIMIT = 4096  # bytes of an `id`
+IDS_REMEMBERED = 1 << 18
 PIECE = 1 << 16  # bytes read at once
 
 BOM = b"\xef\xbb\xbf"
@@ -56,12 +58,15 @@ def format_of(path: Path) -> str:
     return {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}.get(path.suffix.lower(), "text")
 
 
-def read(stream: BinaryIO, form: str, *, name: str = "stdin", strict: bool = False) -> Iterator[Record]:
+def read(
+    stream: BinaryIO, form: str, *, name: str = "stdin", strict: bool = False, field: str = "prompt"
+) -> Iterator[Record]:
     """The records of a binary stream in one of the formats of READERS, as they arrive.
 
-    Raises InputError where the input as a whole is unusable; with `strict`, also for the first bad record.
+    `field`: what plain text fills. Raises InputError where the input as a whole is unusable; with `strict`, also
+    for the first bad record.
     """
-    for index, (number, size, got) in enumerate(READERS[form](stream, name)):
+    for index, (number, size, got) in enumerate(READERS[form](stream, name, field)):
         if not isinstance(got, _Bad):
             yield Record(index, got, None, size)
         elif strict:
@@ -96,6 +101,22 @@ def check_unique_ids(records: Iterable[Record]) -> None:
             shown = _ENCODER.encode(record.fields["id"])[:80]
             raise InputError("E-ID", f"record {record.index}", f"id {shown} appears twice")
         seen.add(mark)
+
+
+def warned(records: Iterable[Record], report: Report) -> Iterator[Record]:
+    """Pass records on; a warning for the first `id` seen before, among the first IDS_REMEMBERED that have one."""
+    seen: set[int] | None = set()
+    for record in records:
+        if seen is not None and "id" in record.fields:
+            shown = _ENCODER.encode(record.fields["id"])
+            mark = hash(shown)
+            twice = mark in seen
+            if twice:
+                report(Notice(f"record {record.index}: id {shown[:80]} appears twice", "W-ID"))
+            seen.add(mark)
+            if twice or len(seen) >= IDS_REMEMBERED:
+                seen = None
+        yield record
 
 
 # --- bytes -> lines
@@ -160,7 +181,7 @@ def _without_end(text: str) -> str:
 # --- lines -> fields
 
 
-def _read_text(stream: BinaryIO, name: str) -> Iterator[Parsed]:
+def _read_text(stream: BinaryIO, name: str, field: str) -> Iterator[Parsed]:
     """The whole input is one prompt; one line end at its end is the shell's, not the prompt's."""
     data = stream.read(LINE_LIMIT + 1)
     if len(data) > LINE_LIMIT:
@@ -172,14 +193,14 @@ def _read_text(stream: BinaryIO, name: str) -> Iterator[Parsed]:
         raise bad.at(name) from None
     if not text.strip():
         raise InputError("E-EMPTY", name, "holds no text", hint="did the command before it fail?")
-    yield 1, len(data), {"prompt": _without_end(text)}
+    yield 1, len(data), {field: _without_end(text)}
 
 
-def _read_lines(stream: BinaryIO, name: str) -> Iterator[Parsed]:
-    return _each_line(stream, name, lambda line: {"prompt": _without_end(_decode(line))})
+def _read_lines(stream: BinaryIO, name: str, field: str) -> Iterator[Parsed]:
+    return _each_line(stream, name, lambda line: {field: _without_end(_decode(line))})
 
 
-def _read_jsonl(stream: BinaryIO, name: str) -> Iterator[Parsed]:
+def _read_jsonl(stream: BinaryIO, name: str, field: str) -> Iterator[Parsed]:
     return _each_line(stream, name, _json_object)
 
 
@@ -297,7 +318,7 @@ class _Feed:
             return line.decode(errors="replace")
 
 
-def _read_csv(stream: BinaryIO, name: str) -> Iterator[Parsed]:
+def _read_csv(stream: BinaryIO, name: str, field: str) -> Iterator[Parsed]:
     """Rows under a header row, as csv.DictReader gives them; cells that are missing at the end are None."""
     csv.field_size_limit(LINE_LIMIT)
     feed = _Feed(stream, name)
@@ -339,7 +360,7 @@ def _csv_fields(header: list[str], row: list[str] | _Bad) -> dict[str, Any] | _B
     return dict(zip(header, [*row, *missing], strict=True))
 
 
-READERS: dict[str, Callable[[BinaryIO, str], Iterator[Parsed]]] = {
+READERS: dict[str, Callable[[BinaryIO, str, str], Iterator[Parsed]]] = {
     "text": _read_text,
     "lines": _read_lines,
     "jsonl": _read_jsonl,

@@ -46,6 +46,8 @@ _BREAKS = re.compile(r"[\x09\x0a]")
 
 def _escape(character: str) -> str:
     code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte of a file name that is no UTF-8
+        code -= 0xDC00
     return f"\\x{code:02X}" if code < 0x100 else f"\\u{{{code:X}}}"
 
 

@@ -7,12 +7,16 @@ are: no attributes, indexes, formats or second expansion. It knows nothing of re
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from textgen_cli.errors import InputError, UsageError
 
 _PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _FIELD = re.compile(r"\s*([^\W\d][\w-]*)\s*(?:=(.*))?", re.DOTALL)
+
+
+TEMPLATE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,20 @@ def fill(template: str, fields: Mapping[str, Any]) -> str:
 def template_fields(template: str) -> list[str]:
     """The names of a template's fields, each once, in order. Raises UsageError E-TEMPLATE."""
     return list(dict.fromkeys(part.name for part in _parts(template) if isinstance(part, _Field)))
+
+
+def read_template(path: Path) -> str:
+    """The template that a file holds. UsageError E-TEMPLATE where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(TEMPLATE_BYTES + 1)
+        if len(data) > TEMPLATE_BYTES:
+            raise UsageError("E-TEMPLATE", str(path), f"has more than {TEMPLATE_BYTES:,} bytes")
+        return data.decode("utf-8-sig").removesuffix("\n")
+    except OSError as error:
+        raise UsageError("E-TEMPLATE", str(path), (error.strerror or str(error)).lower()) from error
+    except UnicodeDecodeError as error:
+        raise UsageError("E-TEMPLATE", str(path), f"is not UTF-8 at byte {error.start}") from error
 
 
 def _parts(template: str) -> Iterator[str | _Field]:

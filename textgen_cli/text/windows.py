@@ -1,26 +1,50 @@
 """Which records are computed together: a function of the input alone, so that a resumed run forms the same.
 
-Numbers in, numbers out: knows nothing of models, files or what a size counts.
+Knows nothing of models, files or what a size counts.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
+
+from textgen_cli.errors import InputError
 
 T = TypeVar("T")
 
 
-def windows(items: Iterable[T], size: int, done: int = 0) -> Iterator[tuple[int, list[T]]]:
-    """(position of its first item, items) of each window of `size` items that is not wholly among the `done`.
+def windows(
+    items: Iterable[T],
+    size: int,
+    done: int = 0,
+    *,
+    cost: Callable[[T], int] = lambda _: 0,
+    budget: int = 0,
+) -> Iterator[tuple[int, list[T]]]:
+    """(position of its first item, items) of each window that is not wholly among the `done`.
 
-    Windows are counted from the first item whatever is done; the last may be shorter.
+    A window ends with `size` items, or with the item that brings its cost to `budget`. Windows are counted from
+    the first item whatever is done; the last may be shorter. An InputError of `items` is raised behind the last.
     """
+    start, spent = 0, 0
+    window: list[T] = []
+    broken: InputError | None = None
     source = iter(items)
-    start = 0
-    while window := list(islice(source, size)):
-        if start + len(window) > done:
-            yield start, window
-        start += len(window)
+    while True:
+        try:
+            window.append(item := next(source))
+        except StopIteration:
+            break
+        except InputError as error:
+            broken = error
+            break
+        spent += cost(item)
+        if len(window) == size or spent > budget > 0:
+            if start + len(window) > done:
+                yield start, window
+            start, spent, window = start + len(window), 0, []
+    if window and start + len(window) > done:
+        yield start, window
+    if broken is not None:
+        raise broken
 
 
 def batches(sizes: Sequence[int], max_tokens: int, max_batch: int) -> list[list[int]]:

@@ -1,8 +1,6 @@
-"""Settings: frozen dataclasses, one a command plus the shared ones. Each default stands here once.
+"""Settings of `textgen generate`: what becomes of a prompt, how text is drawn, what form it must have.
 
-A field is an option: `max_new_tokens` is `--max-new-tokens` and TEXTGEN_MAX_NEW_TOKENS; its flags and
-help text stand in `cli/options.py`. None means "not given": the model's own generation config and then
-`BUILT_IN` decide. Values are checked on creation; a bad one is a UsageError that names the option.
+None means "not given": the model's own generation config and then `BUILT_IN` decide.
 """
 
 import math
@@ -11,13 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from textgen_cli.config.explain import ExplainConfig, check_gradients
+from textgen_cli.config.shared import BatchConfig, ModelConfig, check_key, check_range, option_name
 from textgen_cli.errors import UsageError
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
 
 Task = Literal["translate", "summarize", "qa", "chat", "story"]
 Server = Literal["vllm", "sglang", "llamacpp"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # Decoding settings where neither the user nor the model says anything.
 BUILT_IN: dict[str, Any] = {"max_new_tokens": 256, "temperature": 0.8, "top_p": 0.95}
@@ -39,70 +36,6 @@ GENERATION_FIELDS = (
 )
 
 SEED_LIMIT = 2**63
-
-
-def option_name(field_name: str) -> str:
-    """`max_new_tokens` -> `--max-new-tokens`."""
-    return "--" + field_name.rstrip("_").replace("_", "-")
-
-
-def check_range(
-    config: object,
-    name: str,
-    low: float,
-    high: float = math.inf,
-    *,
-    open_low: bool = False,
-) -> None:
-    """Raise UsageError unless the field is None or a finite number in [low, high] (or (low, high])."""
-    value = getattr(config, name)
-    if value is None:
-        return
-    above = value > low if open_low else value >= low
-    if not (math.isfinite(value) and above and value <= high):
-        sign = ">" if open_low else ">="
-        bounds = f"{sign} {low:g}" if high == math.inf else f"{sign} {low:g} and <= {high:g}"
-        raise UsageError("E-RANGE", option_name(name), f"must be {bounds}, not {value}")
-
-
-def split_weight(adapter: str) -> tuple[str, float]:
-    """`./folder=0.5` -> the folder and 0.5; weight 1 where none is given. UsageError E-RANGE if wild."""
-    name, equals, text = adapter.rpartition("=")
-    try:
-        weight = float(text) if equals else 1.0
-    except ValueError:
-        return adapter, 1.0  # a folder whose name holds the sign
-    if not abs(weight) <= 1000:
-        raise UsageError("E-RANGE", "--adapter", f"weight must be from -1000 to 1000, not {text}")
-    return (name if equals else adapter), weight
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which model, from where, and what it runs on."""
-
-    model: str = DEFAULT_MODEL  # catalogue name, hub name, folder or GGUF file
-    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
-    dtype: Dtype = "auto"
-    threads: int | None = None  # CPU threads; None: what torch chooses
-    adapter: tuple[str, ...] = ()  # LoRA adapters, folder or hub name, each with =WEIGHT or with weight 1
-    quantize: Literal["int8", "int4"] | None = None  # weights in fewer bits, made while loading
-    offline: bool = False  # open no connection at all
-    cache_dir: Path | None = None  # converted models; None: the platform's cache folder
-
-    def __post_init__(self) -> None:
-        check_range(self, "threads", 1, 1024)
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
-            raise UsageError(
-                "E-DEVICE",
-                "--device",
-                f"unknown device {self.device!r}",
-                hint="one of auto, cpu, cuda, cuda:N, mps",
-            )
-        if not self.model:
-            raise UsageError("E-MODEL-NAME", "--model", "is empty")
-        for adapter in self.adapter:
-            split_weight(adapter)
 
 
 @dataclass(frozen=True)
@@ -127,6 +60,8 @@ class DecodingConfig:
     stop: tuple[str, ...] = ()  # strings that end the text and are cut off
     bad_words: Path | None = None  # words and phrases never generated, one a line
     bias: tuple[str, ...] = ()  # TEXT=X: added to the score of TEXT's last token
+    watermark: str | None = None  # the key of a green-list watermark
+    watermark_bias: float = 2.0  # added to the scores of its green tokens
     logprobs: int | None = None  # alternatives reported for each token
     prompt_lookup: int | None = None  # tokens guessed from the prompt and checked at once
     draft_model: str | None = None  # a smaller model that guesses tokens
@@ -144,6 +79,8 @@ class DecodingConfig:
         check_range(self, "num_beams", 1, 1024)
         check_range(self, "length_penalty", -100, 100)
         check_range(self, "logprobs", 0, 1000)
+        check_range(self, "watermark_bias", 0, 100, open_low=True)
+        check_key(self.watermark)
         check_range(self, "prompt_lookup", 1, 1000)
         check_range(self, "repetition_penalty", 0, 100, open_low=True)
         check_range(self, "no_repeat_ngram_size", 0, 10_000)
@@ -211,51 +148,6 @@ class ConstraintConfig:
 
 
 @dataclass(frozen=True)
-class BatchConfig:
-    """Many records: where they come from, where results go, and when to give up."""
-
-    input: Path | None = None  # "-": standard input
-    output: Path | None = None
-    lines: bool = False  # one prompt a line
-    jsonl: bool = False  # JSONL out, and in where no other form is named
-    csv: bool = False  # CSV in
-    resume: bool = False
-    restart: bool = False
-    strict: bool = False  # stop at the first record that cannot be read
-    max_failures: str | None = None  # N or P%
-    max_time: float | None = None  # seconds
-    shard: str | None = None  # I/N
-    batch_size: str = "auto"  # sequences computed together at most, or "auto"; a token budget holds besides
-
-    def __post_init__(self) -> None:
-        check_range(self, "max_time", 0, open_low=True)
-        if self.batch_size != "auto" and not re.fullmatch(r"[1-9]\d{0,5}", self.batch_size):
-            raise UsageError(
-                "E-RANGE", "--batch-size", f"must be 'auto' or at least 1, not {self.batch_size!r}"
-            )
-        if self.lines and self.csv:
-            raise UsageError("E-CONFLICT", "--csv", "cannot be used with --lines")
-        if self.resume and self.restart:
-            raise UsageError("E-CONFLICT", "--restart", "cannot be used with --resume")
-        if (self.resume or self.restart) and self.output is None:
-            raise UsageError("E-CONFLICT", "--resume" if self.resume else "--restart", "needs -o")
-        self.sharding()
-
-    @property
-    def rows(self) -> int | None:
-        """Sequences computed together at most; None: what the engine holds for best."""
-        return None if self.batch_size == "auto" else int(self.batch_size)
-
-    def sharding(self) -> tuple[int, int]:
-        """(I, N): this run takes every N-th record from the I-th on."""
-        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.shard or "1/1")
-        number, of = (int(match[1]), int(match[2])) if match else (0, 0)
-        if not 1 <= number <= of:
-            raise UsageError("E-RANGE", "--shard", f"must be I/N with I from 1 to N, not {self.shard!r}")
-        return number, of
-
-
-@dataclass(frozen=True)
 class EndpointConfig:
     """A server that generates in this machine's place; its key comes from TEXTGEN_API_KEY alone."""
 
@@ -269,6 +161,18 @@ class EndpointConfig:
 
 
 @dataclass(frozen=True)
+class SafetyConfig:
+    """What must not be in prompts and texts, and what becomes of one in which it is."""
+
+    safety: tuple[Path, ...] = ()  # lists of words, phrases and patterns
+    on_unsafe: Literal["flag", "redact", "drop", "retry"] = "flag"
+
+    def __post_init__(self) -> None:
+        if self.on_unsafe != "flag" and not self.safety:
+            raise UsageError("E-CONFLICT", "--on-unsafe", "needs --safety FILE")
+
+
+@dataclass(frozen=True)
 class GenerateConfig:
     """`textgen generate`."""
 
@@ -276,15 +180,37 @@ class GenerateConfig:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     prompting: PromptConfig = field(default_factory=PromptConfig)
     constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
+    explaining: ExplainConfig = field(default_factory=ExplainConfig)
+    guarding: SafetyConfig = field(default_factory=SafetyConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    html: Path | None = None  # the explanation as a page
+    engine: Literal["auto", "eager", "compiled"] = "auto"  # which loop decodes; auto: compiled for one prompt
     no_stdin: bool = False  # leave standard input alone
     verbose: bool = False  # tell what is chosen and done
 
+    def __post_init__(self) -> None:
+        check_gradients(self.explaining, self.model)
+        if self.html is not None and self.explaining.explain is None:
+            raise UsageError("E-CONFLICT", "--html", "needs --explain")
+        if self.explaining.explain is not None:
+            self._check_explain()
+        if self.guarding.safety:
+            self._check_safety()
 
-@dataclass(frozen=True)
-class DownloadConfig:
-    """`textgen download`."""
+    def _check_safety(self) -> None:
+        if self.prompting.top != 1:
+            raise UsageError("E-CONFLICT", "--safety", "cannot be used with --top, whose texts are many")
+        if self.guarding.on_unsafe == "retry" and (self.decoding.greedy or self.decoding.temperature == 0):
+            raise UsageError("E-CONFLICT", "--on-unsafe retry", "would draw the same text without sampling")
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    verbose: bool = False  # tell what is chosen and done
+    def _check_explain(self) -> None:
+        conflicts = {
+            "--endpoint": self.endpoint.endpoint is not None,
+            "--show-prompt": self.prompting.show_prompt,
+            "--engine compiled": self.engine == "compiled",
+        }
+        for option, given in conflicts.items():
+            if given:
+                hint = "the weights of a server's model are not here" if option == "--endpoint" else None
+                raise UsageError("E-CONFLICT", "--explain", f"cannot be used with {option}", hint=hint)

@@ -13,6 +13,7 @@ from textgen_cli.config import ModelConfig
 from textgen_cli.events import silent
 from textgen_cli.model import attention
 from textgen_cli.model.load import load
+from textgen_cli.model.past import CACHE
 
 HEADS = [(9, 3), (4, 4), (8, 1)]
 
@@ -87,7 +88,9 @@ def test_step_by_step_equals_all_at_once(small_model: Callable[..., Path], archi
     folder = small_model(architecture)
     half = load(ModelConfig(model=str(folder), device="cpu", dtype="bfloat16"), "generate", silent).net
     full = load(ModelConfig(model=str(folder), device="cpu", dtype="float32"), "generate", silent).net
-    full.load_state_dict({name: value.float() for name, value in half.state_dict().items()})
+    with torch.no_grad():
+        for parameter in full.parameters():
+            parameter.copy_(parameter.bfloat16())
     ids = torch.arange(20, 60).view(2, 20)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
@@ -100,8 +103,8 @@ def test_step_by_step_equals_all_at_once(small_model: Callable[..., Path], archi
     with torch.inference_mode():
         for at in range(20):
             seen = {} if architecture == "t5" else {"attention_mask": mask[:, : at + 1]}
-            out = half(**given, **seen, **{key: steps[:, at : at + 1]}, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = half(**given, **seen, **{key: steps[:, at : at + 1]}, use_cache=True, **{CACHE: cache})
+            cache = out[CACHE]
         half.set_attn_implementation("sdpa")
         seen = {} if architecture == "t5" else {"attention_mask": mask}
         whole = half(**given, **seen, **{key: steps}).logits[:, -1]

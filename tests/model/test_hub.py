@@ -11,15 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 from huggingface_hub import constants
 from parts.hub import Hub, etag
 
 from textgen_cli.errors import ModelError, NetworkError, OutputError, SafetyError, TextgenError, UsageError
 from textgen_cli.events import Event, Notice, Progress, silent
-from textgen_cli.model import hub as client
-from textgen_cli.model import snapshot
+from textgen_cli.model import client, hub, snapshot
 
 REPO = "org/name"
 WEIGHTS = b"weights " * 40_000
@@ -57,8 +55,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return pauses
 
 
-def fetch(revision: str | None = None, *, offline: bool = False, report: Any = silent) -> client.Snapshot:
-    return client.fetch(REPO, revision, offline=offline, report=report)
+def fetch(revision: str | None = None, *, offline: bool = False, report: Any = silent) -> hub.Snapshot:
+    return hub.fetch(REPO, revision, offline=offline, report=report)
 
 
 def stored(cache: Path) -> set[str]:
@@ -77,7 +75,7 @@ def failure(revision: str | None = None, **options: Any) -> TextgenError:
 def test_the_files_that_loading_needs_and_no_others(server: Hub, cache: Path) -> None:
     commit = server.add(REPO, {**FILES, **USELESS})
     found = fetch()
-    assert found == client.Snapshot(cache / "models--org--name" / "snapshots" / commit, commit, REPO)
+    assert found == hub.Snapshot(cache / "models--org--name" / "snapshots" / commit, commit, REPO)
     assert {p.name: p.read_bytes() for p in found.folder.iterdir()} == FILES
     asked = {request.path.rpartition("/")[2] for request in server.requests(path="/resolve/")}
     assert asked == FILES.keys()
@@ -120,11 +118,12 @@ def test_progress_counts_the_bytes_of_all_files(server: Hub, cache: Path) -> Non
     bars = [event for event in events if isinstance(event, Progress)]
     total = sum(map(len, FILES.values()))
     assert bars == events
-    assert {(bar.stage, bar.subject, bar.total, bar.unit) for bar in bars} == {
-        ("download", REPO, total, "bytes")
-    }
-    assert [bar.done for bar in bars] == sorted(bar.done for bar in bars)
-    assert bars[-1].done == total
+    sizes = {"": total, **{name: len(content) for name, content in FILES.items()}}
+    assert {(bar.stage, bar.subject, bar.unit) for bar in bars} == {("download", REPO, "bytes")}
+    for part, size in sizes.items():
+        done = [bar.done for bar in bars if bar.part == part]
+        assert (done, done[-1]) == (sorted(done), size)
+        assert {bar.total for bar in bars if bar.part == part} == {size}
 
 
 def test_the_branch_moves_during_the_download_and_all_files_are_of_one_commit(
@@ -217,15 +216,13 @@ def test_no_network_and_nothing_cached_fails_soon(cache: Path, monkeypatch: pyte
         *(("GET", status) for status in client.RETRIED),
         ("/tree/", 429),
         ("/tree/", 503),
-        ("HEAD", 429),
-        ("HEAD", 503),
     ],
 )
 def test_a_failure_that_passes_is_tried_again(
     server: Hub, cache: Path, clock: list[float], where: str, status: int
 ) -> None:
     server.add(REPO, FILES)
-    method = where if where in ("HEAD", "GET") else None
+    method = "GET" if where == "GET" else None
     server.fault("safetensors" if method else where, method=method, status=status, times=2)
     assert (fetch().folder / "model.safetensors").read_bytes() == WEIGHTS
     assert clock
@@ -239,10 +236,9 @@ def test_retry_after_is_obeyed(
     server: Hub, cache: Path, clock: list[float], where: str, value: str, pause: int
 ) -> None:
     server.add(REPO, FILES)
-    first = 2 if where == "config.json" else 1  # the client asks about a file a second time at once
-    server.fault(where, status=429, times=first, headers={"Retry-After": value})
+    server.fault(where, status=429, times=1, headers={"Retry-After": value})
     fetch()
-    assert sum(clock) in (pause, pause + 1)  # the client waits a second more
+    assert sum(clock) in (pause, pause + 1)  # the library waits a second more
 
 
 @pytest.mark.parametrize(
@@ -343,10 +339,10 @@ def test_a_header_that_is_no_hash_stores_nothing(
     if header == "X-Linked-Etag" and not value:
         fetch()  # the ETag counts
         return
-    before = set(tmp_path.rglob("*"))
     error = failure()
     assert (error.name, error.exit_code) == ("E-REMOTE-HEADER", 7)
-    assert set(tmp_path.rglob("*")) == before
+    time.sleep(0.05)  # other files were on their way
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {".lock"}
 
 
 @pytest.mark.parametrize(
@@ -425,20 +421,28 @@ def test_a_large_body_goes_on_where_it_was_cut(server: Hub, cache: Path, clock: 
     server.add(REPO, {**FILES, "model.safetensors": large})
     server.fault("safetensors", method="GET", times=1, cut=21 << 20)
     assert (fetch().folder / "model.safetensors").read_bytes() == large
-    assert [r.headers.get("range") for r in server.requests("GET", "safetensors")] == [
-        None,
-        f"bytes={20 << 20}-",
+    asked = [
+        (r.headers.get("range"), r.headers.get("if-range")) for r in server.requests("GET", "safetensors")
     ]
+    assert asked == [(None, None), (f"bytes={21 << 20}-", f'"{etag("model.safetensors", large)}"')]
 
 
-def test_a_body_that_is_always_cut_is_an_error_and_leaves_no_part(
+def test_a_body_that_is_always_cut_is_an_error_and_the_next_run_goes_on(
     server: Hub, cache: Path, clock: list[float]
 ) -> None:
+    """F88."""
     server.add(REPO, FILES)
     server.fault("safetensors", method="GET", cut=1000)
-    assert failure().name == "E-NETWORK"
+    error = failure()
+    assert (error.name, error.subject, error.exit_code) == ("E-NETWORK", "model.safetensors", 7)
+    assert "got 6,000 of 320,000 bytes after 6 tries" in error.fact
     assert sum(clock) < 60
-    assert not any("incomplete" in name or "model.safetensors" in name for name in stored(cache))
+    assert not any("snapshots" in name and "model.safetensors" in name for name in stored(cache))
+    server.faults.clear()
+    server.log.clear()
+    assert (fetch().folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert [r.headers.get("range") for r in server.requests("GET", "safetensors")] == ["bytes=6000-"]
+    assert not list(cache.rglob("*incomplete"))
 
 
 @pytest.mark.parametrize("length", [True, False], ids=["declared", "endless"])
@@ -500,17 +504,17 @@ def test_a_redirect_that_leaves_the_web_is_refused(server: Hub, cache: Path, whe
     assert failure().name == "E-REDIRECT"
 
 
-def test_a_mirror_may_lead_to_the_hub_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library follows such a redirect and uses nothing of it; at any other it stops and uses it."""
-    monkeypatch.setattr(constants, "ENDPOINT", "https://mirror.example")
-    request = httpx2.Request("HEAD", "https://mirror.example/org/name/resolve/main/config.json")
-    for place in ("https://huggingface.co/x", "https://hf.co/x", "/x"):
-        client._check_response(httpx2.Response(307, headers={"Location": place}, request=request))
-    for place in ("https://storage.example/x", "https://huggingface.co.evil.example/x", "//evil.example/x"):
-        with pytest.raises(NetworkError, match="E-REMOTE-HEADER"):
-            client._check_response(httpx2.Response(307, headers={"Location": place}, request=request))
-    with pytest.raises(NetworkError, match="E-REDIRECT"):
-        client._check_response(httpx2.Response(307, headers={"Location": "http://hf.co/x"}, request=request))
+def test_a_mirror_may_lead_to_a_hub_and_not_to_something_else(server: Hub, cache: Path) -> None:
+    """One answer on the way must be a Hub's; which one does not matter, since the bytes are compared anyway."""
+    server.add(REPO, FILES)
+    with Hub() as other:
+        other.add(REPO, FILES)
+        server.fault("safetensors", status=307,
+                     headers={"Location": f"{other.endpoint}/{REPO}/resolve/main/model.safetensors"})  # fmt: skip
+        assert (fetch().folder / "model.safetensors").read_bytes() == WEIGHTS
+        server.add(REPO, {**FILES, "model.safetensors": WEIGHTS + b"x"})
+        other.fault("safetensors", headers={"X-Repo-Commit": None})
+        assert failure().name == "E-REMOTE-HEADER"
 
 
 @pytest.mark.parametrize("endpoint", ["ftp://x", "huggingface.co", "http://[", "https://", "http://x:port"])
@@ -571,7 +575,7 @@ def test_which_endpoint_may_get_the_token(
     cache: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str, sent: bool | None
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    assert client._token() is sent
+    assert client.token(constants.ENDPOINT) is sent
 
 
 @pytest.mark.parametrize(
@@ -588,7 +592,7 @@ def test_an_open_line_to_another_endpoint_is_warned_of(
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     events: list[Event] = []
-    client._prepare(events.append)
+    client.place("x", None, events.append)
     assert [event.name for event in events if isinstance(event, Notice)] == ["W-ENDPOINT"] * warned
 
 

@@ -17,6 +17,7 @@ from textgen_cli.generate.local import LocalEngine
 from textgen_cli.generate.request import Request, derive_seed
 from textgen_cli.model import quantize
 from textgen_cli.model.load import Model, load
+from textgen_cli.model.pack import PackedLinear
 from textgen_cli.model.quantize import GROUP, QuantizedLinear
 
 FORMATS: list[quantize.Format] = ["int8", "int4"]
@@ -156,7 +157,8 @@ def test_every_linear_layer_is_replaced_and_said(
     events: list[Event] = []
     folder = small_model(architecture)
     before, after = loaded(folder).net, loaded(folder, events.append, quantize=form).net
-    assert linear(before) and not linear(after)
+    assert not linear(after)
+    assert not any(isinstance(module, PackedLinear) for module in after.modules())
     layers = [module for module in after.modules() if isinstance(module, QuantizedLinear)]
     said = [event.text for event in events if isinstance(event, Notice) and f"layers in {form}" in event.text]
     assert len(said) == 1 and f"{len(layers)} layers" in said[0]

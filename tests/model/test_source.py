@@ -88,7 +88,9 @@ def test_forms(name: str, source: Source) -> None:
         "hf:./folder",
         "hf:/abs",
         "hf:hf:x",
-        "ms:org/name",
+        "ms:name",
+        "ms:ms:org/name",
+        "ms:hf:org/name",
         "docker:x",
         "file:/x",
         "C:\\model",
@@ -112,10 +114,14 @@ def test_what_is_no_name(name: str) -> None:
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["ms:org/name", "docker:x"])
-def test_an_unknown_prefix_names_the_known_ones(name: str) -> None:
-    with pytest.raises(UsageError, match="hf: and index:"):
-        parse(name)
+def test_an_unknown_prefix_names_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="hf:, ms:, index:"):
+        parse("docker:x")
+
+
+def test_a_name_on_modelscope() -> None:
+    assert parse("ms:owner/name") == Source("modelscope", "owner/name")
+    assert parse("ms:owner/name@v1") == Source("modelscope", "owner/name", revision="v1")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ a folder is whole. Knows nothing of what is inside a folder.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -88,6 +89,28 @@ def publish(target: Path, *, report: Report, origin: dict[str, Any]) -> Iterator
         _take_place(staging, target)
 
 
+@contextmanager
+def replaced(target: Path) -> Iterator[Path]:
+    """A staging folder beside `target`, a folder of the user's, whose name it takes when the block ends normally.
+
+    One process at a time; after an exception nothing is left. Raises OutputError E-WRITE, E-EXISTS where something
+    is there already.
+    """
+    with writing(target), contextlib.ExitStack() as stack:
+        _make(target.parent)
+        place = os.open(target.parent, os.O_RDONLY)
+        stack.callback(os.close, place)
+        fcntl.flock(place, fcntl.LOCK_EX)  # on the folder itself: no lock file of ours is left in it
+        if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
+            hint = "remove it, or name another folder"
+            raise OutputError("E-EXISTS", str(target), "is there already and holds something else", hint=hint)
+        staging = _staging(target, stack)
+        yield staging
+        for path in _files(staging):
+            _sync(path)
+        _take_place(staging, target)
+
+
 def whole(folder: Path) -> dict[str, Any] | None:
     """The manifest, if every file it lists is a regular file inside the folder with its size; else None."""
     try:
@@ -102,8 +125,8 @@ def whole(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def verify(folder: Path) -> None:
-    """Read every file of a published folder again and compare its sha256 with the manifest.
+def verify(folder: Path) -> int:
+    """Read every file of a published folder again and compare its sha256 with the manifest; returns their number.
 
     Raises ModelError E-HASH naming the file.
     """
@@ -114,6 +137,35 @@ def verify(folder: Path) -> None:
         actual = sha256(folder / name)
         if actual != facts.get("sha256"):
             raise ModelError("E-HASH", name, f"sha256 is {actual}, expected {facts.get('sha256')}")
+    return len(manifest["files"])
+
+
+def check_space(folder: Path, needed: int, subject: str) -> None:
+    """Raise OutputError E-SPACE unless the disk of a folder, which need not be there, has room for so many bytes."""
+    free = free_space(folder)
+    if needed > free:
+        raise OutputError(
+            "E-SPACE", subject, f"needs {needed:,} bytes, the disk of {folder} has {free:,} free"
+        )
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that are free where a folder is or would be."""
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    return shutil.disk_usage(existing).free
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds this lock."""
+    if not path.exists():
+        return False
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except (filelock.Timeout, OSError):
+        return True
+    lock.release()
+    return False
 
 
 def sha256(path: Path) -> str:

@@ -54,7 +54,7 @@ ATTENTION = frozenset(
 EXPERTS = frozenset({"eager", "batched_mm", "grouped_mm"})
 DTYPES = frozenset({"auto", "float32", "float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2"})
 # Methods whose code is in transformers or in a package of this name; others would import what a config names.
-QUANTIZATIONS = {"torchao": "torchao", "bitsandbytes": "bitsandbytes"}
+QUANTIZATIONS = {"torchao": "torchao", "bitsandbytes": "bitsandbytes", "textgen": "textgen_cli"}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from textgen_cli.config import Dtype, ModelConfig
 from textgen_cli.errors import UsageError
 
-Purpose = Literal["generate", "score", "finetune"]
+Purpose = Literal["generate", "score", "explain", "finetune"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,6 +61,8 @@ def _device(asked: str) -> tuple[torch.device, str]:
 def _dtype(asked: Dtype, device: str, purpose: Purpose) -> tuple[torch.dtype, str]:
     if asked != "auto":
         return DTYPES[asked], "dtype asked for"
+    if purpose == "explain":
+        return torch.float32, "exact gradients"
     return _DTYPE_RULES[device](purpose)
 
 
@@ -111,3 +113,17 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+def random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The state of torch's random numbers, of the CPU and of each CUDA device in use."""
+    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.get_rng_state(), cards
+
+
+def restore_random(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    """Go on with the random numbers from where `random_state` was."""
+    cpu, cards = state
+    torch.set_rng_state(cpu)
+    if cards:
+        torch.cuda.set_rng_state_all(cards)

@@ -8,27 +8,27 @@ import gc
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tokenizers
+import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from textgen_cli.config import ModelConfig
 from textgen_cli.errors import ModelError, OutOfMemory, UsageError
 from textgen_cli.events import Notice, Progress, Report
-from textgen_cli.model import attention, device, quantize
-from textgen_cli.model.check import check_folder
+from textgen_cli.model import attention, device, pack, quantize
+from textgen_cli.model.check import Checked, check_folder
 from textgen_cli.model.device import Placement, Purpose
+from textgen_cli.model.loaded import Family as Family
+from textgen_cli.model.loaded import Model as Model
 from textgen_cli.model.source import Located, locate
+from textgen_cli.model.stamp import check_stamp, read_stamp
 from textgen_cli.model.tokenizer import Tokenizer
-
-Family = Literal[
-    "causal", "seq2seq", "masked", "sequence-classification", "token-classification", "question-answering"
-]
 
 # The transformers class of each family, and the endings of config.architectures[0] that mean it.
 FAMILIES: dict[Family, tuple[str, tuple[str, ...]]] = {
@@ -59,22 +59,30 @@ _LOAD_FAILURES = (
 
 
 @dataclass(frozen=True)
-class Model:
-    """A network ready to run, with everything that belongs to it."""
+class Head:
+    """What a network is to end in where that need not be what its folder holds; a new one begins at random."""
 
-    family: Family
-    net: Any  # the transformers model, in eval mode on placement.device
-    tokenizer: Tokenizer
-    placement: Placement
-    name: str
-    revision: str  # commit of the Hub, or sha256 of a GGUF file, or "" for a plain folder
-    folder: Path
-    context: int | None  # longest input in tokens
-    generation: dict[str, Any]  # the model's own generation settings, unchecked
+    family: Family  # a family of labels or spans; another one must be the folder's own
+    labels: tuple[str, ...] = ()  # names, in the order of the outputs
+    problem: str | None = None  # a value of problem_type
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of it stands in a config.json."""
+        found: dict[str, Any] = {"problem_type": self.problem} if self.problem else {}
+        if self.labels:
+            found["id2label"] = dict(enumerate(self.labels))
+            found["label2id"] = {name: number for number, name in enumerate(self.labels)}
+        return found
 
 
-def load(config: ModelConfig, purpose: Purpose, report: Report) -> Model:
-    """Find, check and load a model.
+HEADS = frozenset({"sequence-classification", "token-classification", "question-answering"})
+
+
+def load(
+    config: ModelConfig, purpose: Purpose, report: Report, head: Head | None = None, *, hasten: bool = True
+) -> Model:
+    """Find, check and load a model. `head`: what it is to end in, for training; `hasten`: by code of our own.
 
     Raises ModelError (unusable), SafetyError (refused), NetworkError (cannot be fetched), OutputError (cache),
     OutOfMemory and UsageError (name or device).
@@ -90,10 +98,17 @@ def load(config: ModelConfig, purpose: Purpose, report: Report) -> Model:
         report(notice)
     if not checked.has_tokenizer:
         raise ModelError("E-TOKENIZER", located.label, "has no tokenizer")
+    stamp = read_stamp(located.folder, located.label)
+    if stamp is not None:
+        check_stamp(stamp, checked.config, located.label)
     report(Progress("load", located.label))
-    family = family_of(checked.config, located.label)
-    _quiet()
-    net = _adapted(_network(family, located, placement), located, config, report)
+    family = _family(checked.config, located.label, head)
+    quiet()
+    if quantize.form_of(checked.config) is not None:
+        _check_quantized(config, purpose, located.label)
+    net = _adapted(_network(family, located, checked, placement, head), located, config, report)
+    if hasten and purpose not in ("explain", "finetune"):
+        _hasten(net)
     generation = _own_generation(net)
     tokenizer = load_tokenizer(located.folder, located.label)
     _check_vocabulary(tokenizer, net, located.label)
@@ -106,9 +121,31 @@ def load(config: ModelConfig, purpose: Purpose, report: Report) -> Model:
         name=located.label,
         revision=located.revision,
         folder=located.folder,
-        context=_context(net),
+        context=_shortest(_context(net), stamp.limit if stamp and purpose != "finetune" else None),
         generation=generation,
+        stamp=stamp,
     )
+
+
+def bare(config: ModelConfig, report: Report) -> Any:
+    """A network with its adapters merged and nothing else done to it, for a copy; raises what `load` raises."""
+    placement = device.place(config, "generate")
+    located = locate(config, report)
+    checked = check_folder(located.folder)
+    if "quantization_config" in checked.config:
+        raise ModelError("E-QUANTIZE", located.label, "has quantised weights already")
+    report(Progress("load", located.label))
+    quiet()
+    net = _network(family_of(checked.config, located.label), located, checked, placement, None)
+    return _adapted(net, located, replace(config, quantize=None), report).to("cpu")
+
+
+def _check_quantized(config: ModelConfig, purpose: Purpose, name: str) -> None:
+    """Quantised weights of a folder run, and that is all."""
+    if purpose == "finetune":
+        raise ModelError("E-QUANTIZE", name, "has quantised weights, which cannot learn")
+    if config.adapter:
+        raise ModelError("E-QUANTIZE", name, "has quantised weights, to which no adapter can be added")
 
 
 def family_of(config: dict[str, Any], name: str) -> Family:
@@ -120,6 +157,15 @@ def family_of(config: dict[str, Any], name: str) -> Family:
         if architecture.endswith(endings):
             return "causal" if family == "seq2seq" else family
     raise ModelError("E-ARCH", name, f"architecture {architecture or 'unnamed'} is not one that textgen runs")
+
+
+def _family(config: dict[str, Any], name: str, head: Head | None) -> Family:
+    if head is not None and head.family in HEADS:
+        return head.family
+    found = family_of(config, name)
+    if head is not None and head.family != found:
+        raise ModelError("E-ARCH", name, f"is a {found} model, this task trains {head.family} ones")
+    return found
 
 
 def load_tokenizer(folder: Path, name: str) -> Tokenizer:
@@ -157,18 +203,25 @@ def _plain_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_file(str(whole)), **plain)
 
 
-def _network(family: Family, located: Located, placement: Placement) -> Any:
+def _network(
+    family: Family, located: Located, checked: Checked, placement: Placement, head: Head | None
+) -> Any:
     auto = getattr(transformers, FAMILIES[family][0])
+    options = {"dtype": placement.dtype, "output_loading_info": True}
+    if head is not None and head.family in HEADS:
+        options |= head.settings | {"ignore_mismatched_sizes": True}
     try:
-        net, info = auto.from_pretrained(
-            located.folder,
-            dtype=placement.dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        _check_weights(info, net, located.label)
+        if _stays_mapped(checked, placement):
+            net, info = _in_memory(auto, checked, options)
+        else:
+            net, info = auto.from_pretrained(
+                located.folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                **options,
+            )
+        _check_weights(info if head is None else _of_base(info, net), net, located.label)
         net = net.to(placement.device).eval()
     except _LOAD_FAILURES as error:
         if device.out_of_memory(error):
@@ -181,8 +234,38 @@ def _network(family: Family, located: Located, placement: Placement) -> Any:
     return net
 
 
+def _stays_mapped(checked: Checked, placement: Placement) -> bool:
+    """Whether the library would compute with the file itself: on a CPU, where no weight changes its dtype."""
+    if placement.device.type != "cpu":
+        return False
+    with safe_open(checked.weights[0], framework="pt") as file:
+        kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 - it is no mapping
+    return _SAFETENSORS_NAMES[placement.dtype] in kinds
+
+
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def _in_memory(auto: Any, checked: Checked, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The network with its weights read and not mapped: a file that is cut or written anew while a job runs would
+    else kill it by SIGBUS, or change what it computes."""
+    shape = {name: options[name] for name in ("id2label", "label2id", "problem_type") if name in options}
+    config = transformers.AutoConfig.from_pretrained(checked.folder, local_files_only=True, **shape)
+    with torch.device("meta"):
+        kind = type(auto.from_config(config))
+    state: dict[str, torch.Tensor] = {}
+    for path in checked.weights:
+        with safe_open(path, framework="pt", backend="pread") as file:
+            state |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+    rest = {name: value for name, value in options.items() if name not in shape}
+    net, info = kind.from_pretrained(None, config=config, state_dict=state, **rest)
+    if net.can_generate() and (checked.folder / "generation_config.json").is_file():
+        net.generation_config = transformers.GenerationConfig.from_pretrained(checked.folder)
+    return net, info
+
+
 def _adapted(net: Any, located: Located, config: ModelConfig, report: Report) -> Any:
-    """The network with its adapters merged, its weights quantised and its attention chosen."""
+    """The network with its adapters merged or its weights quantised."""
     try:
         if config.adapter:
             from textgen_cli.model import adapter  # peft costs seconds
@@ -190,14 +273,21 @@ def _adapted(net: Any, located: Located, config: ModelConfig, report: Report) ->
             net = adapter.apply(net, config.adapter, located, config, report)
         if config.quantize:
             quantize.apply(net, config.quantize, located.label, report)
+        quantize.arrange(net)
     except (RuntimeError, MemoryError) as error:
         if not device.out_of_memory(error):
             raise
         raise OutOfMemory(
             "E-MEMORY", located.label, "does not fit into memory while it is changed"
         ) from error
-    attention.choose(net)
     return net
+
+
+def _hasten(net: Any) -> None:
+    """What makes a network faster that only runs: no gradient comes through it any more."""
+    attention.choose(net)
+    if pack.suits(net):
+        pack.apply(net)
 
 
 def _own_generation(net: Any) -> dict[str, Any]:
@@ -224,6 +314,17 @@ def _check_weights(info: dict[str, Any], net: PreTrainedModel, name: str) -> Non
         raise ModelError("E-WEIGHTS", name, f"{len(stray)} without data: {stray[0]} (first)")
 
 
+def _of_base(info: dict[str, Any], net: PreTrainedModel) -> dict[str, Any]:
+    """What of a loading concerns the network below its head, which may be new and other than the folder's."""
+
+    def below(key: Any) -> bool:
+        name = key if isinstance(key, str) else key[0]
+        return name.startswith(f"{net.base_model_prefix}.") and not _OTHER_HEADS.search(name)
+
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    return info | {kind: [key for key in info[kind] if below(key)] for kind in kinds}
+
+
 def _first(keys: Iterable[Any]) -> str:
     return str(min(key if isinstance(key, str) else key[0] for key in keys))
 
@@ -247,7 +348,12 @@ def _context(net: PreTrainedModel) -> int | None:
     return found if found is None or reserved is None else found - reserved - 1
 
 
-def _quiet() -> None:
+def _shortest(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def quiet() -> None:
+    """Keep the library from writing to our streams."""
     transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
 

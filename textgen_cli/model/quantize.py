@@ -1,22 +1,29 @@
-"""Weights in 8 or 4 bits, made in memory after loading; activations keep their dtype.
+"""Weights in 8 or 4 bits, made in memory after loading or read from a folder of ours; activations keep their dtype.
 
-Owns the formats and the layer that computes with them. On a CPU in bfloat16 torch's own kernels multiply the
-packed weights; everywhere else a layer is turned back block by block while it is used, which saves memory and
-not time. It does not know how a model is loaded.
+Owns the formats, the layer that computes with them, and what config.json says of a folder that has them. Such a
+folder holds the codes in plain order; that of a processor's kernels is made when it is loaded. On a CPU in bfloat16
+torch's own kernels multiply the packed weights; everywhere else a layer is turned back block by block while it is
+used, which saves memory and not time. It does not know how a model is loaded.
 """
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from textgen_cli.errors import ModelError
 from textgen_cli.events import Notice, Report
 
 Format = Literal["int8", "int4"]
+# How a layer multiplies: by torch's kernels where there are any, as a matrix product of weights that are turned back,
+# or, for a compiler that makes one loop of it, as a sum over plain products.
+Way = Literal["kernel", "turned back", "sum"]
 
+METHOD = "textgen"  # quant_method in config.json
 GROUP = 32  # int4: neighbours in a row that share a scale and an offset; 64 loses more than the 6 % it saves
 # Rows that the int4 kernels keep together: a matrix packed in parts of so many is packed as a whole.
 TILE = 64
@@ -32,12 +39,14 @@ class QuantizedLinear(nn.Module):
     scale: torch.Tensor  # int8: (N,); int4: (K/GROUP, N, 2) of scales and offsets
     bias: torch.Tensor | None
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, form: Format) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, form: Format, *, arranged: bool = True
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.form = form
-        fast = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        self.kernel = fast and (form == "int8" or self.out_features % TILE == 0)
+        self.way: Way = "kernel"
+        self.kernel = False
         quantize = self._int8 if form == "int8" else self._int4
         parts = [quantize(weight[rows]) for rows in self._blocks()]
         self.register_buffer("weight", torch.cat([part for part, _ in parts]))
@@ -45,16 +54,35 @@ class QuantizedLinear(nn.Module):
             "scale", torch.cat([scale for _, scale in parts], dim=0 if form == "int8" else 1)
         )
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        if arranged:
+            self.arrange()
+        else:
+            self.weight = self.weight[None]  # (1, N, ...): no other program can take the codes for weights
+
+    def arrange(self) -> None:
+        """Bring the codes into the order of the kernels, where there are some for this place and dtype."""
+        if self.weight.dim() == 3:
+            self.weight = self.weight[0]
+        fast = self.weight.device.type == "cpu" and self.scale.dtype == torch.bfloat16
+        if self.kernel or not fast or (self.form == "int4" and self.out_features % TILE):
+            return
+        if self.form == "int4":
+            pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+            packed = [pack(self._codes(rows).to(torch.int32), 1) for rows in self._blocks()]
+            self.weight = torch.cat(packed).view(torch.int8)
+        self.kernel = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N), in the dtype of x."""
         flat = x.reshape(-1, self.in_features)
         y: torch.Tensor
-        if self.kernel and self.form == "int4":
+        if self.way == "sum":
+            y = self._summed(flat)
+        elif self.kernel and self.form == "int4":
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(
                 flat, self.weight.view(torch.uint8), GROUP, self.scale
             )
-        elif self.kernel and flat.shape[0] <= KERNEL_ROWS:
+        elif self.kernel and self.way == "kernel" and flat.shape[0] <= KERNEL_ROWS:
             y = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale)
         else:
             y = self._turned_back(flat)
@@ -81,12 +109,14 @@ class QuantizedLinear(nn.Module):
         scale = ((high - low) / 15).clamp_min(1e-8).to(weight.dtype)
         offset = (low + 8 * scale.float()).to(weight.dtype)  # what 8 means
         codes = ((groups - offset.float()[..., None]) / scale.float()[..., None] + 8).round().clamp(0, 15)
-        codes = codes.view_as(weight).to(torch.int32)
-        if self.kernel:
-            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        else:
-            packed = (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
+        codes = codes.view_as(weight).to(torch.uint8)
+        packed = codes[:, 0::2] | codes[:, 1::2] << 4
         return packed.view(torch.int8), torch.stack([scale, offset], dim=2).transpose(0, 1).contiguous()
+
+    def _summed(self, flat: torch.Tensor) -> torch.Tensor:
+        """int8 alone: (M, K) -> (M, N), each sum in float32."""
+        products = flat.float()[:, None] * self.weight.float()  # (M, N, K), which no compiler keeps
+        return (products.sum(dim=-1) * self.scale.float()).to(flat.dtype)
 
     def _turned_back(self, flat: torch.Tensor) -> torch.Tensor:
         y = flat.new_empty(flat.shape[0], self.out_features)
@@ -99,39 +129,110 @@ class QuantizedLinear(nn.Module):
 
     def _plain(self, rows: slice) -> torch.Tensor:
         """int4 that is not in a kernel's order: rows of the weights."""
-        packed = self.weight[rows].view(torch.uint8)
-        codes = torch.stack([packed & 15, packed >> 4], dim=2).view(packed.shape[0], -1, GROUP)
+        codes = self._codes(rows)
+        codes = codes.view(codes.shape[0], -1, GROUP)
         scale, offset = self.scale[:, rows].transpose(0, 1)[..., None].unbind(dim=2)  # (n, K/GROUP, 1) each
-        return ((codes.to(scale.dtype) - 8) * scale + offset).view(packed.shape[0], -1)
+        return ((codes.to(scale.dtype) - 8) * scale + offset).view(codes.shape[0], -1)
+
+    def _codes(self, rows: slice) -> torch.Tensor:
+        """int4 that is not in a kernel's order: the codes of rows, (n, K) from 0 to 15."""
+        packed = self.weight[rows].view(torch.uint8)
+        return torch.stack([packed & 15, packed >> 4], dim=2).view(packed.shape[0], -1)
 
 
-def apply(net: Any, form: Format, name: str, report: Report) -> None:
+def apply(net: Any, form: Format, name: str, report: Report, *, arranged: bool = True) -> None:
     """Replace the linear layers of a network, its head included, by quantised ones; one layer at a time.
 
-    Embedding tables stay as they are; a head that shares its table gets a quantised copy. Raises ModelError
-    E-QUANTIZE where the weights are quantised already or there is no linear layer.
+    Embedding tables stay as they are; a head that shares its table gets a quantised copy. `arranged`: for running
+    here, else for a folder. Raises ModelError E-QUANTIZE where the weights are quantised already or there is no
+    linear layer.
     """
     if getattr(net.config, "quantization_config", None) is not None:
         raise ModelError("E-QUANTIZE", name, "comes with quantised weights already", hint="drop --quantize")
     before = _bytes(net)
-    names = [path for path, module in net.named_modules() if type(module) in (nn.Linear, Conv1D)]
-    wide = 0
-    for path in names:
+    made = _replace(net, form, arranged=arranged)
+    if not made:
+        raise ModelError("E-QUANTIZE", name, "has no linear layer that could be quantised")
+    wide = sum(layer.form != form for layer in made)
+    kept = f", {wide} of them in int8 since their width is no multiple of {GROUP}" if wide else ""
+    report(
+        Notice(
+            f"{name}: {len(made)} layers in {form}{kept}; {before / 1e6:,.0f} -> {_bytes(net) / 1e6:,.0f} MB"
+        )
+    )
+
+
+def _replace(net: Any, form: Format, *, arranged: bool) -> list[QuantizedLinear]:
+    """Put a quantised layer in the place of each linear one; on the device "meta" they hold nothing yet."""
+    made = []
+    for path in [path for path, module in net.named_modules() if type(module) in (nn.Linear, Conv1D)]:
         parent, _, child = path.rpartition(".")
         owner = net.get_submodule(parent)
         layer = getattr(owner, child)
         weight = layer.weight.detach() if type(layer) is nn.Linear else layer.weight.detach().t().contiguous()
         fits = form == "int8" or weight.shape[1] % GROUP == 0
-        wide += not fits
-        setattr(owner, child, QuantizedLinear(weight, layer.bias, form if fits else "int8").eval())
-    if not names:
-        raise ModelError("E-QUANTIZE", name, "has no linear layer that could be quantised")
-    kept = f", {wide} of them in int8 since their width is no multiple of {GROUP}" if wide else ""
-    report(
-        Notice(
-            f"{name}: {len(names)} layers in {form}{kept}; {before / 1e6:,.0f} -> {_bytes(net) / 1e6:,.0f} MB"
-        )
-    )
+        made.append(QuantizedLinear(weight, layer.bias, form if fits else "int8", arranged=arranged).eval())
+        setattr(owner, child, made[-1])
+    return made
+
+
+# --- folders with quantised weights
+
+
+def settings(form: Format) -> dict[str, Any]:
+    """What config.json says of a folder with weights in this format.
+
+    Plain transformers skips a method it does not know; it refuses the folder for the shape of its tensors.
+    """
+    return {"quant_method": METHOD, "form": form, "group": GROUP}
+
+
+def form_of(config: Mapping[str, Any]) -> Format | None:
+    """The format of a folder of ours, by its config.json; None for other models. ModelError E-QUANTIZATION."""
+    found = config.get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != METHOD:
+        return None
+    if found.get("form") not in get_args(Format) or found.get("group") != GROUP:
+        raise ModelError("E-QUANTIZATION", "config.json", "its quantised weights are of another version")
+    form: Format = found["form"]
+    return form
+
+
+def arrange(net: Any) -> None:
+    """Bring all quantised layers of a network into the order of the kernels here."""
+    for module in net.modules():
+        if isinstance(module, QuantizedLinear):
+            module.arrange()
+
+
+@register_quantization_config(METHOD)
+class _Config(QuantizationConfigMixin):
+    """How transformers reads `settings`."""
+
+    def __init__(self, form: Format = "int8", group: int = GROUP, **_: Any) -> None:
+        self.quant_method: Any = METHOD
+        self.form, self.group = form, group
+
+
+@register_quantizer(METHOD)
+class _Quantizer(HfQuantizer):
+    """How transformers makes room for quantised weights before it reads them."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        config: Any = self.quantization_config
+        _replace(model, config.form, arranged=False)
+        for target in list(model.all_tied_weights_keys):  # a quantised head shares no table
+            if isinstance(model.get_submodule(target.rpartition(".")[0]), QuantizedLinear):
+                del model.all_tied_weights_keys[target]
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
 
 
 def _bytes(net: Any) -> int:

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,11 @@ class File:
     size: int  # bytes
     digest: str
 
+    @property
+    def is_git(self) -> bool:
+        """Whether the digest is git's hash of a blob and not a sha256."""
+        return len(self.digest) == 40
+
 
 @dataclass(frozen=True)
 class Cached:
@@ -36,6 +42,7 @@ class Cached:
 
     home: Path  # CACHE/models--org--name
     commit: str
+    others: bool = False  # files that somebody chose, whose record is apart from that of what loading needs
 
     @property
     def folder(self) -> Path:
@@ -43,7 +50,25 @@ class Cached:
 
     @property
     def record(self) -> Path:
-        return self.home / "textgen" / f"{self.commit}.json"
+        return self.home / "textgen" / f"{self.commit}{'.others' if self.others else ''}.json"
+
+    def blob(self, file: File) -> Path:
+        """Where the content of a file lies."""
+        return self.home / "blobs" / file.digest
+
+
+# Names that some system takes for something else than a file of its folder.
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name from outside can only mean a file inside a folder, on any system."""
+    parts = name.split("/")
+    return all(
+        part.isprintable() and part not in ("", ".", "..") and len(part.encode("utf-8", "replace")) <= 240
+        and not re.search(r'[\\:*?"<>|]|[. ]$', part) and not _DEVICE.fullmatch(part)
+        for part in parts
+    ) and len(parts) <= 16  # fmt: skip
 
 
 def ref(home: Path, revision: str) -> str | None:
@@ -73,7 +98,7 @@ def whole(cached: Cached, *, listed: bool) -> bool:
     if files and stored.get("listed") is True:
         if any(not (cached.folder / file.name).exists() for file in files):
             return False
-    elif listed or not (files := _adopted(cached.folder)):
+    elif listed or not (files := adopted(cached.folder)):
         return False
     verify(cached, files, listed=stored.get("listed") is True)
     return True
@@ -84,9 +109,41 @@ def present(cached: Cached, file: File) -> bool:
     return (cached.folder / file.name).exists()
 
 
-def verify(cached: Cached, files: list[File], *, listed: bool) -> None:
+def recorded(cached: Cached) -> list[File]:
+    """The files that were compared with their hashes; none where nothing is known of them."""
+    return _files(_read(cached.record))
+
+
+def is_listed(cached: Cached) -> bool:
+    """Whether the files that were compared are all that the commit's list names."""
+    return _read(cached.record).get("listed") is True
+
+
+def place(cached: Cached, file: File) -> None:
+    """Give a file whose content lies in the cache its name in the snapshot. Raises OSError."""
+    link = cached.folder / file.name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    target = os.path.relpath(cached.blob(file), link.parent)
+    if link.is_symlink() and os.readlink(link) == target:
+        return
+    link.unlink(missing_ok=True)
+    try:
+        link.symlink_to(target)
+    except OSError:  # a disk without links
+        os.replace(cached.blob(file), link)
+
+
+def verify(
+    cached: Cached,
+    files: list[File],
+    *,
+    listed: bool,
+    fresh: frozenset[str] = frozenset(),
+    again: bool = False,
+) -> None:
     """Compare files with their hashes and record it, so that an untouched file is not read again.
 
+    `fresh`: names of files that were compared while they came; `again`: read the untouched ones, too.
     Raises ModelError E-HASH for a bad file, after removing it from the cache.
     """
     stored = _read(cached.record)
@@ -95,7 +152,8 @@ def verify(cached: Cached, files: list[File], *, listed: bool) -> None:
     entries: dict[str, Any] = {}
     for file in files:
         stamp = _stamp(cached.folder / file.name)
-        if stamp is None or stamp != stamps.get(file.name) or known[file.name] != file:
+        is_known = stamp is not None and stamp == stamps.get(file.name) and known[file.name] == file
+        if file.name not in fresh and (again or not is_known):
             _check(cached.folder / file.name, file)
         entries[file.name] = {"size": file.size, "digest": file.digest, "stamp": stamp}
     if entries != stored.get("files") or stored.get("listed") is not listed:
@@ -105,14 +163,13 @@ def verify(cached: Cached, files: list[File], *, listed: bool) -> None:
 def _check(path: Path, file: File) -> None:
     try:
         size = path.stat().st_size
-        actual = digest(path, git=len(file.digest) == 40) if size == file.size else None
+        actual = digest(path, git=file.is_git) if size == file.size else None
     except OSError as error:
         raise OutputError("E-READ", str(path), (error.strerror or str(error)).lower()) from error
     if actual == file.digest:
         return
     _remove(path)
-    kind = "git hash" if len(file.digest) == 40 else "sha256"
-    fact = f"{kind} {actual}, expected {file.digest}" if actual else f"{size:,} bytes, expected {file.size:,}"
+    fact = mismatch(actual, file) if actual else f"{size:,} bytes, expected {file.size:,}"
     raise ModelError(
         "E-HASH", file.name, fact, hint="the file was removed; run the command again to fetch it anew"
     )
@@ -121,11 +178,24 @@ def _check(path: Path, file: File) -> None:
 def digest(path: Path, *, git: bool) -> str:
     """The file's sha256, or its hash as a git blob, in hex."""
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        state = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False) if git else hashlib.sha256()
+        state = _state(os.fstat(file.fileno()).st_size, git=git)
         while chunk := file.read(CHUNK):
             state.update(chunk)
     return state.hexdigest()
+
+
+def hasher(file: File) -> "hashlib._Hash":
+    """A hash that ends as the file's digest once it has seen all of its bytes."""
+    return _state(file.size, git=file.is_git)
+
+
+def _state(size: int, *, git: bool) -> "hashlib._Hash":
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False) if git else hashlib.sha256()
+
+
+def mismatch(actual: str, file: File) -> str:
+    """What to say of a file with another hash than its own."""
+    return f"{'git hash' if file.is_git else 'sha256'} {actual}, expected {file.digest}"
 
 
 def _remove(path: Path) -> None:
@@ -138,7 +208,7 @@ def _remove(path: Path) -> None:
         raise OutputError("E-WRITE", str(path), "is damaged and cannot be removed") from error
 
 
-def _adopted(folder: Path) -> list[File]:
+def adopted(folder: Path) -> list[File]:
     """The files that another program put into a snapshot, their hashes taken from the names of the blobs."""
     files = []
     with contextlib.suppress(OSError):
@@ -175,7 +245,7 @@ def _files(stored: dict[str, Any]) -> list[File]:
 
 
 def _is_sound(name: str, entry: Any) -> bool:
-    if not isinstance(entry, dict) or not LOADABLE.fullmatch(name):
+    if not isinstance(entry, dict) or not is_inside(name):
         return False
     size, digest = entry.get("size"), entry.get("digest")
     return type(size) is int and isinstance(digest, str) and DIGEST.fullmatch(digest) is not None

@@ -7,23 +7,26 @@ It does not know how anything is fetched, checked or loaded.
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from textgen_cli.config import ModelConfig
+from textgen_cli.config import DEFAULT_MODEL, ModelConfig
 from textgen_cli.errors import ModelError, UsageError
 from textgen_cli.events import Report
 from textgen_cli.model.catalog import CATALOG
 
-Kind = Literal["catalog", "hub", "index", "folder", "gguf"]
+if TYPE_CHECKING:
+    from textgen_cli.model.snapshot import File
+
+Kind = Literal["catalog", "hub", "modelscope", "index", "folder", "gguf"]
 
 NAME_LIMIT = 200  # characters; a Hub name has at most 2 * 96 and a slash
 PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 HUB_NAME = re.compile(rf"(?:{PART}/)?{PART}")
 REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*")
 INDEX_NAME = re.compile(rf"({PART})(?:==([A-Za-z0-9][A-Za-z0-9.!+_-]*))?(?:#sha256=([0-9A-Fa-f]{{64}}))?")
-PREFIXES = ("hf:", "index:")
+PREFIXES = ("hf:", "ms:", "index:")
 FORMS = (
     "a catalogue name, org/name, org/name@revision, ./folder, file.gguf or index:NAME==VERSION#sha256=HASH"
 )
@@ -48,6 +51,7 @@ class Located:
     source: Source
     revision: str  # 40-digit commit, or sha256 of what was fetched; "" for a plain folder
     label: str  # how messages name the model
+    files: "tuple[File, ...]" = ()  # those that a lock file pins; none: all that are recorded of it
 
 
 def parse(name: str) -> Source:
@@ -61,9 +65,9 @@ def parse(name: str) -> Source:
         return _local(name)
     if name.startswith("index:"):
         return _index(name)
-    bare = name.removeprefix("hf:")
+    bare = name.removeprefix("ms:" if name.startswith("ms:") else "hf:")
     if re.match(r"[A-Za-z][A-Za-z0-9+]*:", bare):
-        raise _bad(name, f"has an unknown prefix; the known ones are {' and '.join(PREFIXES)}")
+        raise _bad(name, f"has an unknown prefix; the known ones are {', '.join(PREFIXES)}")
     repo, at, revision = bare.partition("@")
     _check_hub_name(name, repo, revision if at else None)
     if bare is name:
@@ -72,6 +76,10 @@ def parse(name: str) -> Source:
             if at:
                 raise _bad(name, "a catalogue name is pinned and takes no revision")
             return Source("catalog", repo)
+    if name.startswith("ms:"):
+        if "/" not in repo:
+            raise _bad(name, "has no owner, which every name on ModelScope has")
+        return Source("modelscope", repo, revision=revision or None)
     return Source("hub", repo, revision=revision or None)
 
 
@@ -117,10 +125,36 @@ def _bad(name: str, fact: str, *, hint: str | None = None) -> UsageError:
 def locate(config: ModelConfig, report: Report) -> Located:
     """Put the model on disk, fetching and converting it where needed.
 
+    With `config.locked` it is the model that the file pins, or ModelError E-LOCKED.
     Raises UsageError for the name; NetworkError, ModelError, SafetyError, OutputError as its source does.
     """
+    if config.locked is not None:
+        return _locate_locked(config.locked, config, report)
     source = parse(config.model)
     return SOURCES[source.kind](source, config, report)
+
+
+def _locate_locked(path: Path, config: ModelConfig, report: Report) -> Located:
+    from textgen_cli.model import contents, hub, lock
+
+    name, pinned = lock.find(path, config.model, DEFAULT_MODEL)
+    source = parse(name)
+    if source.kind != pinned.source:
+        raise ModelError("E-LOCKED", name, f"is from {source.kind} now, locked is {pinned.source}")
+    if pinned.source == "hub":
+        found = hub.fetch_exactly(
+            source.name,
+            pinned.revision,
+            pinned.files,
+            offline=config.offline,
+            report=report,
+            mirror=config.mirror,
+        )
+        pinned_source = replace(source, revision=found.commit)
+        return Located(found.folder, pinned_source, found.commit, found.repo, pinned.files)
+    located = SOURCES[source.kind](source, config, report)
+    lock.compare(name, pinned, located.revision, contents.of(located) if pinned.files else ())
+    return located
 
 
 def _from_catalog(source: Source, config: ModelConfig, report: Report) -> Located:
@@ -155,8 +189,20 @@ def _from_gguf(source: Source, config: ModelConfig, report: Report) -> Located:
 def _from_hub(source: Source, config: ModelConfig, report: Report) -> Located:
     from textgen_cli.model import hub
 
-    snapshot = hub.fetch(source.name, source.revision, offline=config.offline, report=report)
+    snapshot = hub.fetch(
+        source.name, source.revision, offline=config.offline, report=report, mirror=config.mirror
+    )
     return Located(snapshot.folder, source, snapshot.commit, snapshot.repo)
+
+
+def _from_modelscope(source: Source, config: ModelConfig, report: Report) -> Located:
+    from textgen_cli.model import cache, modelscope
+
+    root = cache.root(config.cache_dir)
+    folder, revision = modelscope.fetch(
+        source.name, source.revision, root, report=report, offline=config.offline
+    )
+    return Located(folder, source, revision, f"ms:{source.name}")
 
 
 def _from_folder(source: Source, config: ModelConfig, report: Report) -> Located:
@@ -170,6 +216,7 @@ def _from_folder(source: Source, config: ModelConfig, report: Report) -> Located
 SOURCES: dict[Kind, Callable[[Source, ModelConfig, Report], Located]] = {
     "catalog": _from_catalog,
     "hub": _from_hub,
+    "modelscope": _from_modelscope,
     "index": _from_index,
     "folder": _from_folder,
     "gguf": _from_gguf,

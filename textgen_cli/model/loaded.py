@@ -1,0 +1,29 @@
+"""A model that is ready to run: all that the wings know of it. Imports no library of models."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from textgen_cli.model.device import Placement
+from textgen_cli.model.stamp import Stamp
+from textgen_cli.model.tokenizer import Tokenizer
+
+Family = Literal[
+    "causal", "seq2seq", "masked", "sequence-classification", "token-classification", "question-answering"
+]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network ready to run, with everything that belongs to it."""
+
+    family: Family
+    net: Any  # the transformers model, in eval mode on placement.device
+    tokenizer: Tokenizer
+    placement: Placement
+    name: str
+    revision: str  # commit of the Hub, or sha256 of a GGUF file, or "" for a plain folder
+    folder: Path
+    context: int | None  # longest input in tokens
+    generation: dict[str, Any]  # the model's own generation settings, unchecked
+    stamp: Stamp | None = None  # what finetune trained it for, where it did

@@ -1,0 +1,185 @@
+"""Minimal pairs: layouts, likelihoods against transformers alone, intervals against SciPy, and the program itself."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scipy.stats
+import torch
+
+from textgen_cli.config import ModelConfig, ScoreConfig, ScoringConfig
+from textgen_cli.errors import InputError, UsageError
+from textgen_cli.events import silent
+from textgen_cli.model.load import load
+from textgen_cli.score.pairs import Pair, PairScorer, Preferences, pair_of
+from textgen_cli.score.request import Asked
+from textgen_cli.score.scorers import open_scorer
+from textgen_cli.score.summary import Corpus
+
+TEXTS = [
+    ("The quick brown fox jumps over the lazy dog", "The quick brown dog jumps over the lazy fox"),
+    ("Once upon a time there was a model", "Once upon a time there was a small model"),
+    ("words stand beside numbers", "numbers stand beside words"),
+    ("the same", "the same"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "pair"),
+    [
+        (
+            {"sent_more": "a", "sent_less": "b", "bias_type": "age", "stereo_antistereo": "antistereo"},
+            Pair("a", "b", "age"),
+        ),
+        (
+            {
+                "bias_type": "gender",
+                "sentences": [
+                    {"sentence": "u", "gold_label": "unrelated"},
+                    {"sentence": "a", "gold_label": "anti-stereotype"},
+                    {"sentence": "s", "gold_label": "stereotype"},
+                ],
+            },
+            Pair("s", "a", "gender"),
+        ),
+        (
+            {
+                "bias_type": "race",
+                "context": "She came in.",
+                "sentences": [
+                    {"sentence": "A.", "gold_label": "anti-stereotype"},
+                    {"sentence": "S.", "gold_label": "stereotype"},
+                ],
+            },
+            Pair("She came in. S.", "She came in. A.", "race"),
+        ),
+        ({"sentence_good": "a", "sentence_bad": "b", "UID": "x"}, Pair("a", "b", "x")),
+        ({"first": "a", "second": "b", "category": "c", "more": 1}, Pair("a", "b", "c")),
+        ({"he": "He sang.", "she": "She sang."}, Pair("He sang.", "She sang.")),
+    ],
+)
+def test_layouts(fields: dict[str, Any], pair: Pair) -> None:
+    assert pair_of(fields) == pair
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [({"text": "a"}, "E-FIELD"), ({"a": "x", "b": 1}, "E-FIELD"), ({"first": "", "second": "b"}, "E-EMPTY")],
+)
+def test_what_is_no_pair(fields: dict[str, Any], code: str) -> None:
+    with pytest.raises(InputError, match=code):
+        pair_of(fields)
+
+
+def compared(folder: Path, done: tuple[int, ...] = (), **options: Any) -> dict[int, Any]:
+    config = ScoreConfig(
+        ModelConfig(model=str(folder), dtype="float32"), ScoringConfig(pairs=True, **options)
+    )
+    scorer = open_scorer(config, silent)
+    assert isinstance(scorer, PairScorer)
+    asked = [Asked(number, "", pair=Pair(*texts)) for number, texts in enumerate(TEXTS)]
+    return dict(scorer.score(asked, done))
+
+
+def test_causal_models_by_the_whole_text(small_model: Callable[..., Path]) -> None:
+    folder = small_model("llama")
+    model = load(ModelConfig(model=str(folder), dtype="float32"), "score", silent)
+    for number, found in compared(folder, bos="always").items():
+        expected = []
+        for text in TEXTS[number]:
+            ids = torch.tensor([[1, *model.tokenizer.encode(text)]])
+            with torch.inference_mode():
+                logs = model.net(input_ids=ids).logits.double().log_softmax(-1)[0, :-1]
+            expected.append(float(logs.gather(1, ids[0, 1:, None]).sum()))
+        assert found["log_likelihoods"] == pytest.approx(expected, rel=1e-5)
+        better = "first" if expected[0] > expected[1] else "second"
+        assert found["prefers"] == (None if number == 3 else better)
+
+
+def test_masked_models_by_what_both_texts_have(small_model: Callable[..., Path]) -> None:
+    """The metric of CrowS-Pairs, a pass a token, written for the test."""
+    folder = small_model("bert")
+    model = load(ModelConfig(model=str(folder), dtype="float32"), "score", silent)
+    backend: Any = model.tokenizer.backend
+    for number, found in compared(folder).items():
+        both = [backend(text)["input_ids"] for text in TEXTS[number]]
+        for ids, other, ours in zip(both, both[::-1], found["pseudo_log_likelihoods"], strict=True):
+            same = [
+                op
+                for op in SequenceMatcher(None, ids, other, autojunk=False).get_opcodes()
+                if op[0] == "equal"
+            ]
+            places = [place for _, start, end, *_ in same for place in range(start, end)]
+            total = 0.0
+            for place in places:
+                if ids[place] in backend.all_special_ids and ids[place] != backend.unk_token_id:
+                    continue
+                masked = list(ids)
+                masked[place] = backend.mask_token_id
+                with torch.inference_mode():
+                    logs = model.net(input_ids=torch.tensor([masked])).logits.double().log_softmax(-1)
+                total += float(logs[0, place, ids[place]])
+            assert ours == pytest.approx(total, rel=1e-4)
+
+
+def test_pairs_that_stand_already_are_not_told_again(small_model: Callable[..., Path]) -> None:
+    found, rest = compared(small_model("llama")), compared(small_model("llama"), done=(0, 2))
+    assert {1, 3} <= set(rest) and all(rest[number] == found[number] for number in (1, 3))
+
+
+@pytest.mark.parametrize(("preferred", "pairs"), [(0, 5), (5, 5), (1, 2), (700, 1508)])
+def test_the_interval_is_that_of_scipy(preferred: int, pairs: int) -> None:
+    told = Preferences()
+    for number in range(pairs):
+        told.add({"prefers": "first" if number < preferred else "second", "category": "x"}, None)
+    figures = told.figures()
+    expected = scipy.stats.binomtest(preferred, pairs).proportion_ci(method="wilson")
+    assert (figures["low"], figures["high"]) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert figures["categories"]["x"] == {k: figures[k] for k in ("pairs", "preference", "low", "high")}
+
+
+def test_a_tie_is_half_a_preference() -> None:
+    corpus = Corpus(ScoringConfig(pairs=True))
+    for prefers in ("first", "second", None, None):
+        corpus.add({"first": "a", "log_likelihoods": [0, 0], "prefers": prefers, "unit": "nats"})
+    assert corpus.figures()["preference"] == 0.5
+
+
+@pytest.mark.parametrize("option", [{"tokens": True}, {"context": "x"}, {"gold": "x"}, {"labels": "a,b"}])
+def test_what_pairs_do_not_go_with(option: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="E-CONFLICT"):
+        ScoringConfig(pairs=True, **option)
+
+
+def test_encoder_decoders_are_refused(small_model: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match="E-FAMILY"):
+        compared(small_model("t5"))
+
+
+@pytest.mark.slow
+def test_a_file_of_pairs(small_model: Callable[..., Path], tmp_path: Path) -> None:
+    rows = "sent_more,sent_less,bias_type\nThe fox jumps,The dog jumps,animals\n,empty,animals\na b,b a,letters\n"
+    (tmp_path / "pairs.csv").write_text(rows)
+    argv = [
+        sys.executable,
+        "-m",
+        "textgen_cli",
+        "score",
+        "-m",
+        str(small_model("llama")),
+        "-i",
+        "pairs.csv",
+        "--pairs",
+    ]
+    for more in (["-o", "out.jsonl"], ["--summary"]):
+        done = subprocess.run([*argv, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 3  # a pair with an empty text
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line.get("category") for line in lines] == ["animals", None, "letters"]
+    assert lines[1]["error"]["code"] == "E-EMPTY"
+    assert done.stdout.splitlines()[:3] == ["records\t3", "failed\t1", "pairs\t2"]

@@ -1,0 +1,111 @@
+"""Several processes train as one would: the same losses, one voice, whole checkpoints, an end that all agree on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parts.training import TEXTS
+from safetensors.torch import load_file
+
+from textgen_cli.finetune import checkpoint
+
+pytestmark = pytest.mark.slow  # each run imports torch three times
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+# Without --multi_gpu it starts one process where there is no GPU, whatever number is asked for.
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+SETTINGS = ("lines.txt", "--format", "lines", "--from-scratch", "tiny", "--vocab-size", "400",
+            "--max-length", "64", "--batch-size", "2", "--threads", "1",
+            "--max-steps", "120", "--save-steps", "20", "--eval-steps", "60")  # fmt: skip
+
+
+@pytest.fixture(name="work", scope="module")
+def _work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with examples of many lengths, and `two`: what two processes make of them."""
+    folder = tmp_path_factory.mktemp("group")
+    rows = [f"{number}: {TEXTS[number % 4][: 12 + 7 * number % 60]}" for number in range(63)]  # 60 are learnt
+    (folder / "lines.txt").write_text("\n".join(rows) + "\n")
+    done = start(folder, TORCHRUN, *SETTINGS, "-o", "two", "-v")
+    out, told = done.communicate(timeout=170)
+    assert (done.returncode, out) == (0, f"{folder / 'two'}\n"), told
+    (folder / "told").write_text(told)
+    return folder
+
+
+def start(folder: Path, launcher: Sequence[str], *args: str) -> subprocess.Popen[str]:
+    """`textgen finetune` in two processes; without a launcher in one."""
+    return subprocess.Popen(
+        [sys.executable, *(("-m", *launcher) if launcher else ()), "-m", "textgen_cli", "finetune", *args],
+        cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def log(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in log(out) if "loss" in line]
+
+
+def test_two_learn_as_one_does_from_the_same_batches(work: Path) -> None:
+    done = start(work, (), *SETTINGS, "--accumulate", "2", "-o", "one")
+    assert done.communicate(timeout=170)[1] == "" and done.returncode == 0
+    assert len(losses(work / "two")) == len(losses(work / "one")) == 120
+    assert losses(work / "two") == pytest.approx(losses(work / "one"), abs=1e-3)
+    one, two = (
+        [line["eval_perplexity"] for line in log(work / name) if "eval_perplexity" in line]
+        for name in ("one", "two")
+    )
+    assert two[0] == pytest.approx(one[0], rel=1e-6) and len(one) == len(two) == 3
+    assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_one_speaks(work: Path) -> None:
+    launcher = "torch/distributed/run.py"  # which has a word of its own on threads
+    lines = [line for line in (work / "told").read_text().splitlines() if launcher not in line]
+    assert all(line.startswith("textgen: ") for line in lines)
+    assert len(lines) == len(set(lines)) > 5
+    assert [line for line in lines if line.startswith("textgen: step 0:")]
+
+
+def test_a_signal_to_all_saves_once_and_the_same_weights_come(work: Path) -> None:
+    done = start(work, TORCHRUN, *SETTINGS, "-o", "broken")
+    partial = work / "broken.partial"
+    until = time.monotonic() + 120
+    while not (partial / "checkpoint-20").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    done.send_signal(signal.SIGTERM)
+    out, told = done.communicate(timeout=60)
+    assert done.returncode and out == "", told
+    kept = checkpoint.Store(work / "broken").checkpoints()
+    assert kept and all(checkpoint.damage(folder) is None for folder in kept)
+    assert {path.name for path in kept[-1].glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    again = start(work, TORCHRUN, *SETTINGS, "-o", "broken", "--resume")
+    assert again.communicate(timeout=170)[0] == f"{work / 'broken'}\n" and again.returncode == 0
+    for name, value in load_file(work / "two" / "model.safetensors").items():
+        assert torch.equal(value, load_file(work / "broken" / "model.safetensors")[name])
+    assert not partial.exists()
+
+
+def test_accelerate_starts_it_too_and_bad_data_are_told_once(work: Path) -> None:
+    (work / "bad.jsonl").write_text('{"text": "a"}\nnot JSON\n')
+    done = start(work, ACCELERATE, "bad.jsonl", "-o", "bad", "--from-scratch", "tiny")
+    out, told = done.communicate(timeout=120)
+    assert done.returncode and out == ""
+    assert told.count("textgen: error: [E-DATA]") == 1
+    assert not (work / "bad.partial").exists()
+    few = ("--max-steps", "2", "--save-steps", "1", "-o", "small")
+    done = start(work, ACCELERATE, *SETTINGS[:-6], *few)
+    out, told = done.communicate(timeout=170)
+    assert (done.returncode, out) == (0, f"{work / 'small'}\n"), told

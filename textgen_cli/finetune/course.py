@@ -1,0 +1,143 @@
+"""transformers' Trainer with whole checkpoints, an order by length, and a stop at a loss that is no number."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from textgen_cli.errors import ModelError, OutputError
+from textgen_cli.finetune.checkpoint import Store
+from textgen_cli.finetune.encode import Encoded
+from textgen_cli.finetune.group import Group
+from textgen_cli.finetune.ways import Base, save_net
+from textgen_cli.model import device
+
+STATE = "trainer_state.json"
+
+
+class ByLength(Sampler[int]):
+    """Rows of like length beside one another, in an order that the seed and the epoch decide alone."""
+
+    def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
+        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=order))
+
+
+class Course(Trainer):
+    """A Trainer that saves whole checkpoints, stops at a loss that is no number and leaves its random state alone."""
+
+    def __init__(
+        self, base: Base, store: Store, encoded: Encoded, keep: int, group: Group, **rest: Any
+    ) -> None:
+        super().__init__(
+            model=base.net,
+            train_dataset=encoded.train,
+            eval_dataset=encoded.valid,
+            data_collator=encoded.collate,
+            **rest,
+        )
+        self.base, self.store, self.keep, self.group = base, store, keep, group
+        self.lengths = encoded.lengths
+        # Others take the number of tokens and leave it aside: accumulated batches would count N times.
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and base.family == "causal"
+        self.chance: Any = None  # its state after the last whole step
+        self.measured: tuple[int, dict[str, float]] | None = None  # the last evaluation, and after which step
+        self.settled = False  # the network holds the best weights, not the last
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if len(set(self.lengths)) == 1:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.group.size
+        return ByLength(self.lengths, rows, self.args.seed)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise diverged(self.base.name, self.state.global_step + 1)
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        before = device.random_state()
+        try:
+            figures = super().evaluate(*args, **kwargs)
+            self.measured = self.state.global_step, figures
+            return figures
+        finally:
+            device.restore_random(before)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The library's; but its loss is a mean over batches, whatever they hold: ours is over all tokens alike."""
+        found = super().evaluation_loop(*args, **kwargs)
+        if found.metrics and "eval_perplexity" in found.metrics:
+            found.metrics["eval_loss"] = math.log(found.metrics["eval_perplexity"])
+        return found
+
+    def begin_anew(self) -> None:
+        """Forget that the network was made ready to be evaluated: the library would take it as ready to learn, and
+        of several processes each would go its own way without a word."""
+        if self.group.size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.accelerator._models.clear()
+            vars(self.model).pop("_is_accelerate_prepared", None)
+        self.state.log_history.clear()
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        step = self.state.global_step
+        if not all(p.isfinite().all() for p in self.base.net.parameters() if p.requires_grad):
+            raise diverged(self.base.name, step)
+        self.store_flos()
+        try:
+            with self._saving(step) as folder:
+                if self.group.leads:
+                    save_net(self.model, folder)
+                self._save_optimizer_and_scheduler(str(folder))
+                self._save_scaler(str(folder))
+                self._save_rng_state(str(folder))
+                self.state.best_model_checkpoint = None  # a path; the step is told by best_global_step
+                if self.group.leads:
+                    self.state.save_to_json(str(folder / STATE))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if device.out_of_memory(error):
+                raise
+            # torch and safetensors have errors of their own for a disk that is full
+            fact = f"checkpoint of step {step}: {str(error).partition(chr(10))[0]}"
+            raise OutputError("E-WRITE", str(self.store.folder), fact, hint=_AGAIN) from error
+
+    @contextmanager
+    def _saving(self, step: int) -> Iterator[Path]:
+        """A folder for the checkpoint of `step`; the first process makes it, and names it when all have written."""
+        if self.group.leads:
+            with self.store.saving(step) as folder:
+                self.group.wait()
+                yield folder
+                self.group.wait()
+            self.store.rotate(self.keep, self.state.best_global_step)
+        else:
+            self.group.wait()
+            yield self.store.staged(step)
+            self.group.wait()
+        self.group.wait()
+
+
+_AGAIN = "mend that, then run it again with --resume"
+
+
+def diverged(name: str, step: int) -> ModelError:
+    """The error of a loss or weights that are no numbers."""
+    hint = "a smaller --learning-rate, or a warm-up"
+    return ModelError("E-DIVERGED", name, f"step {step}: the loss is no number any more", hint=hint)

@@ -1,0 +1,68 @@
+"""Processes that train one network together: which of them speaks and writes, and what they agree on.
+
+torchrun and `accelerate launch` start them and give each its number. Of a process alone everything here is free.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import accelerate
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=30)  # of those that wait while one works; who dies ends the others
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process among those that train together."""
+
+    number: int = 0
+    size: int = 1
+    channel: Any = None  # of their own words: on the CPU, whatever the gradients go through
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one that speaks and writes."""
+        return self.number == 0
+
+    def wait(self) -> None:
+        """Go on when all have come here."""
+        if self.size > 1:
+            dist.barrier(group=self.channel)
+
+    def largest(self, value: int) -> int:
+        """The largest of what all of them say here."""
+        if self.size == 1:
+            return value
+        said = torch.tensor([value])
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=self.channel)
+        return int(said)
+
+    def first(self, value: T) -> T:
+        """What the first one says here."""
+        if self.size == 1:
+            return value
+        said = [value]
+        dist.broadcast_object_list(said, src=0, group=self.channel)
+        return said[0]
+
+
+ALONE = Group()
+
+
+@contextmanager
+def joined(cpu: bool) -> Iterator[Group]:
+    """Meet the processes that were started with this one. `cpu`: gradients are exchanged there."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    # It takes the device of this process and opens the connection as the Trainer will find it.
+    state = accelerate.PartialState(cpu=cpu)
+    yield Group(state.process_index, state.num_processes, dist.new_group(backend="gloo", timeout=PATIENCE))
+    dist.destroy_process_group()

@@ -1,0 +1,191 @@
+"""The flow of finetune: checked examples, a network, a training, a finished folder; each part stands in its own module.
+
+`fit` goes through all of it and is safe to be killed anywhere: `--resume` goes on.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from textgen_cli.config.finetune import FinetuneConfig
+from textgen_cli.errors import ResumeError, UsageError
+from textgen_cli.events import Notice, Report
+from textgen_cli.finetune import export, packing, scratch
+from textgen_cli.finetune.answers import final as final_figures
+from textgen_cli.finetune.checkpoint import RESTART, STAMP, Found, Store, check_output, open_store, tidy
+from textgen_cli.finetune.encode import DEFAULT_LENGTH, Encoded, encode
+from textgen_cli.finetune.evaluate import evaluation
+from textgen_cli.finetune.group import Group, joined
+from textgen_cli.finetune.plan import batch_rows
+from textgen_cli.finetune.prepared import Prepared
+from textgen_cli.finetune.tell import answerer, sample_before, tell
+from textgen_cli.finetune.train import train
+from textgen_cli.finetune.ways import Base, merged, open_base
+from textgen_cli.model import device
+from textgen_cli.model.fingerprint import given, of_machine, of_model, of_program
+
+LIBRARIES = ("peft", "datasets", "accelerate", "numpy")
+
+
+def fit(config: FinetuneConfig, inputs: Sequence[Path], prepared: Prepared, report: Report) -> Path:
+    """Train on checked examples; returns the finished folder.
+
+    Raises UsageError, BusyError, ResumeError, ModelError, InputError, OutputError, OutOfMemory and what `load` raises.
+    """
+    with joined(device.place(config.model, "finetune").device.type == "cpu") as group:
+        return _fit(config, inputs, prepared, group, report)
+
+
+def _fit(
+    config: FinetuneConfig, inputs: Sequence[Path], prepared: Prepared, group: Group, report: Report
+) -> Path:
+    out = _output(config, group)
+    known = fingerprint(config, prepared, report) | {"processes": group.size}
+    run_hash = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    if config.resume and group.first(group.leads and _finished(out, run_hash)):
+        if group.leads:
+            tidy(out)
+        report(Notice(f"{out}: finished already", "hint"))
+        return out
+    with _store(config, out, known, group) as store:
+        found = group.first(store.newest(previous=config.resume_previous) if group.leads else None)
+        base = open_base(config, prepared, report)
+        length = _length(config, base)
+        folder = store.folder / f".rows-{group.number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        encoded = encode(prepared, base.tokenizer, config.data, length, folder, config.training.seed)
+        if config.data.pack:
+            plain = encoded
+            encoded = packing.packed(plain, prepared.task, length, folder)
+            packing.prove(base.net, base.name, plain, base.device)
+        final = store.folder / "final"
+        _train(config, inputs, prepared, Parts(base, encoded, length, run_hash, group), store, found, report)
+        if group.leads:
+            store.publish(final)
+        group.wait()
+    return out
+
+
+@contextmanager
+def _store(config: FinetuneConfig, out: Path, known: dict[str, Any], group: Group) -> Iterator[Store]:
+    """The working folder, which the first process holds for all of them."""
+    if not group.leads:
+        group.wait()
+        yield Store(out)
+        return
+    resume = config.resume or config.resume_previous
+    with open_store(out, known, resume=resume, restart=config.restart) as store:
+        group.wait()
+        yield store
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a training is made of."""
+
+    base: Base
+    encoded: Encoded
+    length: int  # tokens of an example at most
+    run: str  # the hash of all that decides its end
+    group: Group  # who does it
+
+
+def _train(
+    config: FinetuneConfig,
+    inputs: Sequence[Path],
+    prepared: Prepared,
+    parts: Parts,
+    store: Store,
+    found: Found | None,
+    report: Report,
+) -> None:
+    """Train, and write the finished folder as `final` in the store's."""
+    base, encoded, group = parts.base, parts.encoded, parts.group
+    by = answerer(base, parts.length)
+    rows = batch_rows(config.training, encoded.lengths, base.device.type)
+    report(Notice(f"{len(encoded.train):,} rows of {parts.length:,} tokens at most, {rows} in a batch"))
+    if not base.fresh and group.leads:
+        sample_before(store.folder, prepared, by)
+    measures = evaluation(prepared)
+    trained = train(
+        base,
+        encoded,
+        config.training,
+        rows,
+        store,
+        found,
+        measures,
+        report,
+        lambda: final_figures(prepared, by, report),
+        group,
+    )
+    if not group.leads:
+        return
+    base = merged(base, encoded, report) if config.way.merge else base
+    final = store.folder / "final"
+    export.write_model(
+        base, export.stamp_of(base, prepared, parts.length, config.data.source_prefix, parts.run), final
+    )
+    tell(final, store.folder, config, inputs, prepared, base, by, trained, measures.tables, export.versions())
+
+
+def _output(config: FinetuneConfig, group: Group) -> Path:
+    if config.output is None:
+        raise UsageError("E-MISSING", "-o", "names the folder of the finished model")
+    out = config.output.absolute()
+    if group.leads:
+        check_output(out, resume=config.resume or config.resume_previous, restart=config.restart)
+    return out
+
+
+def _finished(out: Path, run_hash: str) -> bool:
+    stamp = out / STAMP
+    if not stamp.is_file():
+        return False
+    try:
+        found = json.loads(stamp.read_bytes())["run"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ResumeError("E-RESUME-STATE", str(stamp), "is damaged", hint=RESTART) from error
+    if found != run_hash:
+        fact = "holds a model finished with other data or settings"
+        raise ResumeError("E-RESUME", str(out), fact, hint=RESTART)
+    return True
+
+
+def _length(config: FinetuneConfig, base: Base) -> int:
+    asked = config.data.max_length
+    limit = base.context
+    if asked is not None and limit is not None and asked > limit:
+        raise UsageError("E-RANGE", "--max-length", f"must be <= {limit}, the model's context, not {asked}")
+    return asked or min(limit or DEFAULT_LENGTH, DEFAULT_LENGTH)
+
+
+def fingerprint(config: FinetuneConfig, prepared: Prepared, report: Report) -> dict[str, Any]:
+    """All that decides the weights that come out, what a user changes most often first."""
+    plain = replace(config.data, valid=(), check=False, skip_bad=0)
+    learning = replace(config.training, keep=2, report_to="none", max_time=None)
+    from_file = scratch.is_file(config.way.from_scratch)
+    return {
+        "data": prepared.sha256,
+        "task": prepared.task,
+        "seed": config.training.seed,
+        "training": given(learning),
+        "way": given(config.way, files=("from_scratch",) if from_file else ()),
+        "encoding": given(plain),
+        **_of_base(config, report),
+        **of_program(),
+    }
+
+
+def _of_base(config: FinetuneConfig, report: Report) -> dict[str, Any]:
+    """The weights that it begins with, or the tokenizer where they begin at random, and what computes."""
+    model = config.model
+    if config.way.from_scratch is None:
+        return of_model(model, report, LIBRARIES)
+    if config.way.tokenizer is not None:
+        return of_model(replace(model, model=config.way.tokenizer), report, LIBRARIES)
+    return of_machine(model, LIBRARIES)

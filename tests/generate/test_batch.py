@@ -162,7 +162,8 @@ def test_max_failures(run: Run, limit: str, code: int, written: int) -> None:
 
 def test_strict(run: Run) -> None:
     done = run("--jsonl", "--strict", stdin=BAD)
-    assert (done.returncode, done.stdout) == (4, b"")
+    assert done.returncode == 4
+    assert [line["prompt"] for line in lines(done.stdout)] == ["a"]  # what came before it is done
     assert b"[E-JSON] stdin: line 2: " in done.stderr
 
 

@@ -20,6 +20,7 @@ from textgen_cli.errors import ModelError, TextgenError, UsageError
 from textgen_cli.generate import constrain, grammar
 from textgen_cli.generate.constrain import Constrainer, State
 from textgen_cli.generate.grammar import Constraint, from_choices, from_json_schema, from_regex
+from textgen_cli.model.past import CACHE
 
 CORPUS = [
     '{"name": "Ann", "age": 31, "tags": ["a", "b"], "ok": true, "none": null}',
@@ -121,8 +122,8 @@ def sample(
     ids = torch.tensor([list(prompt)] * count)
     cache_ = None
     for _ in range(limit):
-        out = net(input_ids=ids, past_key_values=cache_, use_cache=True)
-        cache_, scores = out.past_key_values, out.logits[:, -1].float()
+        out = net(input_ids=ids, use_cache=True, **{CACHE: cache_})
+        cache_, scores = out[CACHE], out.logits[:, -1].float()
         constrainer.apply(states, scores)
         chosen = torch.multinomial(scores.softmax(-1), 1)
         for text, state, token in zip(texts, states, chosen.flatten().tolist(), strict=True):

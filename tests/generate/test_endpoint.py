@@ -83,6 +83,8 @@ FAR = format_datetime(datetime.now(UTC) + timedelta(days=2), usegmt=True)
         ("9" * 400, None),
         ("Mon, 01 Jan " + "9" * 30 + " 00:00:00 GMT", 0.0),
     ],
+    # Names of their own: those made of today's date would differ between workers that collect a second apart.
+    ids=["one", "none", "past", "junk", "negative", "long", "far", "huge", "impossible"],
 )
 def test_retry_after_is_obeyed_up_to_its_limit(header: str, seconds: float | None) -> None:
     busy = refuse(429, "slow down", Retry_After=header)
@@ -250,7 +252,8 @@ def test_a_key_never_travels_in_the_open(address: str, monkeypatch: pytest.Monke
 )
 def test_a_key_may_go_to_the_loopback_and_over_tls(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEXTGEN_API_KEY", KEY)
-    RemoteEngine(address, "m", DecodingConfig())
+    client = RemoteEngine(address, "m", DecodingConfig())._endpoint.client(1)
+    assert client.headers["Authorization"] == f"Bearer {KEY}"
 
 
 def test_a_key_that_no_header_can_carry_is_refused_unseen(monkeypatch: pytest.MonkeyPatch) -> None:

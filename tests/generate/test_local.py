@@ -12,7 +12,7 @@ import transformers
 from textgen_cli.config import DecodingConfig, ModelConfig
 from textgen_cli.errors import UsageError
 from textgen_cli.events import silent
-from textgen_cli.generate import sampling
+from textgen_cli.generate import rows, sampling
 from textgen_cli.generate.local import LocalEngine
 from textgen_cli.generate.request import Completion, Request, derive_seed
 from textgen_cli.model.load import load
@@ -101,7 +101,7 @@ def test_sampling_follows_the_distribution() -> None:
     seen: Counter[int] = Counter()
     for start in range(0, draws, 1000):
         streams = [random.Random(derive_seed(11, i, 0)) for i in range(start, start + 1000)]
-        seen.update(sampling.draw(scores.repeat(1000, 1), streams).tolist())
+        seen.update(rows.draw(scores.repeat(1000, 1), streams).tolist())
     expected = torch.softmax(scores, dim=-1).tolist()
     assert seen[3] == 0
     statistic = sum((seen[i] - draws * p) ** 2 / (draws * p) for i, p in enumerate(expected) if p > 0)
@@ -115,7 +115,7 @@ def test_draw_never_takes_a_token_of_probability_zero() -> None:
 
     scores = torch.full((1, 1000), float("-inf"))
     scores[0, :500] = 0.0
-    assert sampling.draw(scores, [One()]).item() == 499  # type: ignore[list-item]
+    assert rows.draw(scores, [One()]).item() == 499  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("prompt_tokens", [126, 127, 128, 200])

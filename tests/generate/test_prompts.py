@@ -9,7 +9,7 @@ from textgen_cli.config import PromptConfig
 from textgen_cli.errors import InputError, UsageError
 from textgen_cli.generate.prompts import Prompter, asked_for
 from textgen_cli.generate.request import derive_seed
-from textgen_cli.text.presets import Reader
+from textgen_cli.text.presets import Preset, Reader
 from textgen_cli.text.records import Record
 
 INSTRUCT, BASE = Reader("causal", instruct=True), Reader("causal")
@@ -89,9 +89,14 @@ def test_what_nobody_reads_or_gives(config: dict[str, Any], plain: bool, says: s
     ],
 )
 def test_enough_is_given(config: dict[str, Any]) -> None:
-    asked_for(PromptConfig(**config), plain=True)
+    asked = asked_for(PromptConfig(**config), plain=True)
     if "task" in config:
-        asked_for(PromptConfig(task=config["task"]), plain=False)  # records may bring the rest
+        assert isinstance(asked, Preset) and asked.name == config["task"]
+        assert (
+            asked_for(PromptConfig(task=config["task"]), plain=False) is asked
+        )  # records may bring the rest
+    else:
+        assert asked == config.get("template")
 
 
 def test_a_template_file_is_the_template(tmp_path: Path) -> None:

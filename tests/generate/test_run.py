@@ -9,11 +9,12 @@ from textgen_cli.config import PromptConfig
 from textgen_cli.errors import ModelError, UsageError
 from textgen_cli.events import Event, Notice, Progress
 from textgen_cli.generate.engines import Opened
-from textgen_cli.generate.many import Meter, output, results
+from textgen_cli.generate.many import output, window
 from textgen_cli.generate.prompts import Prompter
 from textgen_cli.generate.request import Chunk, Completion, Request
 from textgen_cli.generate.run import in_order, settle_seed
 from textgen_cli.text.batch import Result
+from textgen_cli.text.flow import Meter, results
 from textgen_cli.text.presets import Reader
 from textgen_cli.text.records import Record
 
@@ -75,7 +76,7 @@ def flat(groups: Iterator[list[Result]]) -> list[str]:
 def test_results_keep_the_order_wherever_a_job_goes_on(done: int) -> None:
     engine = Backwards(ModelError("E-NAN", "m", "nan"))
     whole = ["A", "error", "C", "error", "E", "F"]
-    assert flat(results(records("a-cxef"), done, 2, lambda: opened(engine))) == whole[done:]
+    assert flat(results(records("a-cxef"), done, 2, lambda: opened(engine), window)) == whole[done:]
     # What is computed together is the same in every life.
     assert engine.calls == [[0], [2, 3], [4, 5]][done // 2 :]
 
@@ -83,14 +84,14 @@ def test_results_keep_the_order_wherever_a_job_goes_on(done: int) -> None:
 def test_a_mistake_of_the_command_line_fails_no_record() -> None:
     engine = Backwards(UsageError("E-FAMILY", "m", "cannot"))
     with pytest.raises(UsageError):
-        flat(results(records("ax"), 0, 2, lambda: opened(engine)))
+        flat(results(records("ax"), 0, 2, lambda: opened(engine), window))
 
 
 def test_no_record_opens_no_engine() -> None:
     def fail() -> Opened:
         raise AssertionError
 
-    assert flat(results([], 0, 2, fail)) == []
+    assert flat(results([], 0, 2, fail, window)) == []
 
 
 @pytest.mark.parametrize(
@@ -112,12 +113,12 @@ def test_fields_with_our_names_are_kept(fields: dict[str, Any], names: list[str]
 def test_the_meter_counts_from_where_the_model_stands() -> None:
     now = [100.0]
     events: list[Event] = []
-    meter = Meter(events.append, 1000, lambda: now[0])
+    meter = Meter(events.append, 1000, clock=lambda: now[0])
     meter(Progress("generate", "records", 400, unit="records"))
     now[0] = 150
     meter.begin(400)
     record = Record(0, {})
-    group = [Result(record, [{"completion_tokens": 70}, {"completion_tokens": 30}])] * 2
+    group = [Result(record, [{}, {}], tokens=100)] * 2
     assert list(meter.counted([group])) == [group]
     now[0] = 160
     meter(Progress("generate", "records", 402, unit="records"))

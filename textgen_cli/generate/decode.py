@@ -6,20 +6,20 @@ the batch. Knows no text.
 """
 
 import functools
-import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.generation import logits_process as library
 
-from textgen_cli.generate import prefix, sampling
+from textgen_cli.generate import prefix
 from textgen_cli.generate.prefix import Kept
+from textgen_cli.generate.rows import Row, Step, draw
 from textgen_cli.generate.sampling import Plan
+from textgen_cli.model.past import CACHE
 
 if TYPE_CHECKING:
-    from textgen_cli.generate.constrain import Constrainer, State
+    from textgen_cli.generate.constrain import Constrainer
 
 # These hold data of each row, or run the model themselves: under them rows stay where they are.
 _PER_ROW = (
@@ -29,29 +29,6 @@ _PER_ROW = (
     library.UnbatchedClassifierFreeGuidanceLogitsProcessor,
     library.SynthIDTextWatermarkLogitsProcessor,
 )
-
-
-@dataclass
-class Row:
-    """One sequence while it grows; whoever consumes the steps sets `done`."""
-
-    prompt: list[int]
-    room: int  # tokens that may still come
-    stream: random.Random
-    state: "State | None" = None  # where its grammar stands
-    first: int | None = None  # the token it must begin with
-    done: bool = False
-    tokens: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one forward pass gave."""
-
-    rows: list[Row]  # B: the rows it speaks of
-    tokens: list[int]  # B; meaningless for rows that are done
-    finite: list[bool]  # B; False where the logits are NaN or infinite
-    logits: torch.Tensor  # (B, V) float32, as the model gave them
 
 
 def steps(
@@ -68,8 +45,10 @@ def steps(
     ids, mask = padded(prompts, plan.pad, left=not net.config.is_encoder_decoder, shared=length)
     settings = plan.settings
     settings.max_new_tokens = max(row.room for row in rows)
-    own = [_Constraint(rows, constrainer)] if constrainer else []
-    inputs = {"past_key_values": cache} if cache is not None else {}
+    # A grammar comes last: where it allows nothing but what is banned, it wins.
+    own: list[library.LogitsProcessor] = [one for one in (plan.marker, plan.banned) if one is not None]
+    own += [_Constraint(rows, constrainer)] if constrainer else []
+    inputs = {CACHE: cache} if cache is not None else {}
     found: Iterator[Step] = net.generate(
         input_ids=ids.to(net.device),
         attention_mask=mask.to(net.device),
@@ -124,7 +103,7 @@ def _loop(
     generation_config: Any,
     **kwargs: Any,
 ) -> Iterator[Step]:
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     seen = cache.get_seq_length() if cache is not None and not net.config.is_encoder_decoder else 0
     fresh = input_ids.shape[1] - seen if seen else None  # None: all of it
     movable = _movable(net, kwargs, logits_processor)
@@ -143,10 +122,10 @@ def _loop(
         # The largest logit alone tells: NaN and +inf win any maximum, and a row of -inf has no largest.
         finite = logits.amax(dim=-1).isfinite().tolist()
         scores = logits_processor(input_ids, logits.clone())
-        chosen = sampling.draw(scores, [row.stream for row in rows]) if plan.sample else scores.argmax(dim=-1)
+        chosen = draw(scores, [row.stream for row in rows]) if plan.sample else scores.argmax(dim=-1)
         tokens = [_next(row, token, plan.pad) for row, token in zip(rows, chosen.tolist(), strict=True)]
         if kept is not None:  # before the step is out: whoever takes it may want no more
-            kept.ids, kept.cache = input_ids[0].tolist(), kwargs.get("past_key_values")
+            kept.ids, kept.cache = input_ids[0].tolist(), kwargs.get(CACHE)
         yield Step(list(rows), tokens, finite, logits)
         if all(row.done for row in rows):
             return
@@ -165,7 +144,7 @@ def _next(row: Row, token: int, pad: int) -> int:
 
 def _movable(net: Any, kwargs: dict[str, Any], processors: Any) -> bool:
     """Whether rows may leave the batch: everything that is kept for each row can be selected."""
-    known = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+    known = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
     plain = not net.config.is_encoder_decoder and {k for k, v in kwargs.items() if v is not None} <= known
     return plain and not any(isinstance(processor, _PER_ROW) for processor in processors)
 
@@ -176,7 +155,7 @@ def _drop_ended(rows: list[Row], input_ids: torch.Tensor, kwargs: dict[str, Any]
     if len(alive) > len(rows) // 2:
         return input_ids
     index = torch.tensor(alive, device=input_ids.device)
-    kwargs["past_key_values"].batch_select_indices(index)
+    kwargs[CACHE].batch_select_indices(index)
     for name in ("attention_mask", "position_ids"):
         value = kwargs.get(name)
         if value is not None and value.shape[0] == len(rows):

@@ -29,7 +29,9 @@ from textgen_cli.generate.openai_api import (
     EXTENSIONS,
     Answer,
     Asked,
+    check_extensions,
     cut_logprobs,
+    extensions,
     flaw,
     read_choices,
     read_json,
@@ -98,6 +100,18 @@ class Endpoint:
         if self._base.scheme == "http":
             return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody and costs nothing: no TLS happens
         return httpx2.create_ssl_context()
+
+    async def settled(self, client: httpx2.AsyncClient, server: str | None, notify: Notify) -> str | None:
+        """The kind of `server`, which is asked for it where decoding options depend on it and None is known.
+
+        Raises UsageError for an option that it lacks or may ignore.
+        """
+        decoding = self.asked.decoding
+        if not extensions(decoding):
+            return server
+        server = server or await self.server_kind(client, notify)
+        check_extensions(decoding, server, self.subject)
+        return server
 
     async def server_kind(self, client: httpx2.AsyncClient, notify: Notify) -> str:
         """What the server calls itself in its model list; "unknown" where that says nothing."""

@@ -8,19 +8,27 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from textgen_cli.config import DecodingConfig, GenerateConfig
+from textgen_cli.config import DecodingConfig, GenerateConfig, ModelConfig
 from textgen_cli.errors import ModelError, UsageError
-from textgen_cli.events import Notice, Report
+from textgen_cli.events import Notice, Report, silent
 from textgen_cli.generate import prompts
 from textgen_cli.generate.prompts import Prompter
 from textgen_cli.generate.request import Engine, Request
+from textgen_cli.text import flow
 from textgen_cli.text.presets import Reader, reader
 from textgen_cli.text.words import read_words
 
 if TYPE_CHECKING:
+    from textgen_cli.generate.constrain import Constrainer
     from textgen_cli.generate.grammar import Constraint
     from textgen_cli.generate.local import LocalEngine
+    from textgen_cli.generate.remote import RemoteEngine
+    from textgen_cli.generate.sampling import Plan
+    from textgen_cli.generate.talk import Talker
     from textgen_cli.model.load import Model
+    from textgen_cli.text.safety import Rules
+
+    Load = Callable[[ModelConfig], Model]
 
 
 @dataclass(frozen=True)
@@ -38,32 +46,116 @@ def check(config: GenerateConfig, *, plain: bool) -> None:
     _constraint(config)
     if config.decoding.bad_words is not None:
         read_words(config.decoding.bad_words)
+    _rules(config)
 
 
-def open_engine(config: GenerateConfig, seed: int, report: Report, date: datetime | None = None) -> Opened:
-    """The engine that the command line asks for, ready to answer; `date`: what chat templates see as today.
+def open_engine(
+    config: GenerateConfig, seed: int, report: Report, date: datetime | None = None, *, alone: bool = False
+) -> Opened:
+    """The engine that the command line asks for, ready to answer.
+
+    `date`: what chat templates see as today; `alone`: there is one prompt, which a compiled model answers faster.
 
     Raises UsageError for options that cannot go together, and what `model.load` raises.
     """
     asked = prompts.asked_for(config.prompting)
     count = config.decoding.num_return_sequences
     if config.endpoint.endpoint is not None:
-        engine = _remote(config, report)
         known = Reader(
             "causal", instruct=prompts.wants_chat(config.prompting) or config.prompting.task is not None
         )
-        return Opened(engine, Prompter(config.prompting, asked, known, seed, count), _as_sent)
+        prompter = Prompter(config.prompting, asked, known, seed, count)
+        return Opened(_guarded(config, _remote(config, report), report, alone=alone), prompter, _as_sent)
     constraint = _constraint(config)
-    from textgen_cli.model.load import load
-
-    model = load(config.model, "generate", report)
+    found = None
+    compiles = config.engine == "compiled" or (config.engine == "auto" and alone)
+    if compiles and config.explaining.explain is None:
+        found = _compiled(config, constraint, report)
+    engine, model = found or _eager(config, constraint, report)
     if date is not None:
         model.tokenizer.date = date
     _check_chat(config, model)
     _hint_chat(config, model, report)
-    engine = ENGINES[model.family](config, model, constraint, report)
+    if config.explaining.explain is not None:
+        engine = _explained(config, engine, model, report)
+    engine = _guarded(config, engine, report, alone=alone, continues=model.family == "causal")
+    if asked is None and model.family == "seq2seq" and model.stamp is not None:
+        asked = model.stamp.source_template  # what stood around every source in training
     prompter = Prompter(config.prompting, asked, _reader(config, model), seed, count)
     return Opened(engine, prompter, lambda request: _as_seen(model, request))
+
+
+def _eager(config: GenerateConfig, constraint: "Constraint | None", report: Report) -> "tuple[Engine, Model]":
+    from textgen_cli.model.load import load
+
+    model = load(config.model, "generate" if config.explaining.explain is None else "explain", report)
+    return ENGINES[model.family](config, model, constraint, report), model
+
+
+def _compiled(
+    config: GenerateConfig, constraint: "Constraint | None", report: Report
+) -> "tuple[Engine, Model] | None":
+    """The engine on a compiled model, where there is one and the command line asks for nothing else."""
+    from textgen_cli.generate import compiled
+
+    model = compiled.open_if_fit(config, report)
+    if model is None:
+        return None
+    engine = compiled.engine(config, model, report)
+    if engine is None or constraint is None:
+        return None if engine is None else (engine, model)
+    return replace(engine, constrainer=_constrainer(constraint, model, engine.plan)), model
+
+
+def _constrainer(constraint: "Constraint", model: "Model", plan: "Plan") -> "Constrainer":
+    from textgen_cli.generate.constrain import Constrainer
+
+    rows = model.net.get_output_embeddings().weight.shape[0]
+    seq2seq = model.family == "seq2seq"
+    return Constrainer(model.tokenizer.fast, rows, plan.eos, constraint, text_start=seq2seq)
+
+
+def _rules(config: GenerateConfig) -> "Rules | None":
+    """The lists of --safety, each read again: they are short, and a wrong one is told before a model loads."""
+    if not config.guarding.safety:
+        return None
+    from textgen_cli.text.safety import read_rules
+
+    return read_rules(config.guarding.safety)
+
+
+def _guarded(
+    config: GenerateConfig,
+    engine: Any,
+    report: Report,
+    *,
+    alone: bool,
+    continues: bool = True,
+    talks: bool = False,
+) -> Any:
+    """The engine, judged where lists are given; records of JSONL tell their verdicts themselves."""
+    rules = _rules(config)
+    if rules is None:
+        return engine
+    from textgen_cli.generate.guarded import GuardedEngine
+
+    told = silent if flow.writes_jsonl(config.batch) else report
+    action = config.guarding.on_unsafe
+    return GuardedEngine(engine, rules, action, told, continues=continues, alone=alone, talks=talks)
+
+
+def _explained(config: GenerateConfig, engine: Engine, model: "Model", report: Report) -> Engine:
+    """The engine whose completions are explained."""
+    from textgen_cli.explain.methods import Explainer
+    from textgen_cli.generate.explained import CASES, ExplainedEngine
+    from textgen_cli.generate.local import LocalEngine
+
+    if model.family not in CASES:
+        raise UsageError(
+            "E-FAMILY", "--explain", f"cannot explain a {model.family} model such as {model.name}"
+        )
+    start = engine.plan.settings.decoder_start_token_id if isinstance(engine, LocalEngine) else None
+    return ExplainedEngine(engine, Explainer(config.explaining, model, report), start)
 
 
 def _reader(config: GenerateConfig, model: "Model") -> Reader:
@@ -130,9 +222,13 @@ def _constraint(config: GenerateConfig) -> "Constraint | None":
 
 
 def open_local(
-    config: GenerateConfig, model: "Model", constraint: "Constraint | None", report: Report
+    config: GenerateConfig,
+    model: "Model",
+    constraint: "Constraint | None",
+    report: Report,
+    load: "Load | None" = None,
 ) -> "LocalEngine":
-    """The engine of models that write text: causal and encoder-decoder."""
+    """The engine of models that write text: causal and encoder-decoder; `load` gets the model that guesses."""
     from textgen_cli.generate import sampling
     from textgen_cli.generate.local import LocalEngine
 
@@ -146,45 +242,60 @@ def open_local(
     plan = sampling.plan(config.decoding, model, report)
     constrainer = None
     if constraint is not None:
-        from textgen_cli.generate.constrain import Constrainer
-
         grammar_refused(plan.settings.num_beams)
         if plan.speculates:
             raise UsageError(
                 "E-CONFLICT", "--set prompt_lookup_num_tokens", "cannot be used with a constraint"
             )
-        rows = model.net.get_output_embeddings().weight.shape[0]
-        constrainer = Constrainer(
-            model.tokenizer.fast, rows, plan.eos, constraint, text_start=model.family == "seq2seq"
-        )
-    draft = _draft(config, model, report)
+        constrainer = _constrainer(constraint, model, plan)
+    draft = _draft(config, model, load or _loader(report))
     rows, cut = config.batch.rows, config.prompting.truncate
     return LocalEngine(model, plan, constrainer, draft, rows, cut, report)
 
 
-def talker(config: GenerateConfig, report: Report) -> Callable[[DecodingConfig], "LocalEngine"]:
-    """Opens an engine for each change of settings, on a model that is loaded once."""
-    loaded: list[Model] = []
+def talker(config: GenerateConfig, report: Report) -> "Callable[[DecodingConfig], Talker]":
+    """Opens an engine for each change of settings; models that are still wanted are not loaded again."""
 
-    def reopen(decoding: DecodingConfig) -> "LocalEngine":
-        if config.endpoint.endpoint is not None:
-            raise UsageError(
-                "E-CONFLICT",
-                "--endpoint",
-                "has no interactive conversation yet",
-                hint="pipe records with messages in",
-            )
-        from textgen_cli.generate.prefix import Kept
-        from textgen_cli.model.load import load
+    def guarded(engine: Any) -> "Talker":
+        talking: Talker = _guarded(config, engine, report, alone=True, talks=True)
+        return talking
 
-        if not loaded:
-            loaded.append(load(config.model, "generate", report))
-        if ENGINES[loaded[0].family] is not open_local:
-            raise UsageError("E-FAMILY", loaded[0].name, "holds no conversation")
-        changed = replace(config, decoding=decoding)
-        return replace(open_local(changed, loaded[0], _constraint(changed), report), kept=Kept())
+    if config.endpoint.endpoint is not None:
+        return lambda decoding: guarded(_remote_talker(replace(config, decoding=decoding), report))
+    loaded: dict[ModelConfig, Model] = {}
+
+    def reopen(decoding: DecodingConfig) -> "Talker":
+        nonlocal loaded
+        wanted: dict[ModelConfig, Model] = {}
+
+        def once(which: ModelConfig) -> "Model":
+            from textgen_cli.model.load import load
+
+            wanted[which] = loaded.get(which) or load(which, "generate", report)
+            return wanted[which]
+
+        model = once(config.model)
+        engine = _talking(replace(config, decoding=decoding), model, report, once)
+        loaded = wanted
+        return guarded(engine)
 
     return reopen
+
+
+def _talking(config: GenerateConfig, model: "Model", report: Report, load: "Load") -> "LocalEngine":
+    """An engine that keeps what it has computed for the next turn."""
+    from textgen_cli.generate.prefix import Kept
+
+    if ENGINES[model.family] is not open_local:
+        raise UsageError("E-FAMILY", model.name, "holds no conversation")
+    return replace(open_local(config, model, _constraint(config), report, load), kept=Kept())
+
+
+def _remote_talker(config: GenerateConfig, report: Report) -> "RemoteEngine":
+    """An engine whose options this server is known to obey, since a person waits for the answer."""
+    engine = _remote(config, report)
+    engine.settle()
+    return engine
 
 
 def grammar_refused(num_beams: int | None) -> None:
@@ -198,13 +309,17 @@ def grammar_refused(num_beams: int | None) -> None:
         )
 
 
-def _draft(config: GenerateConfig, model: "Model", report: Report) -> Any:
+def _loader(report: Report) -> "Load":
+    from textgen_cli.model.load import load
+
+    return lambda which: load(which, "generate", report)
+
+
+def _draft(config: GenerateConfig, model: "Model", load: "Load") -> Any:
     """The network that guesses tokens; it must read the same ids."""
     if config.decoding.draft_model is None:
         return None
-    from textgen_cli.model.load import load
-
-    guess = load(replace(config.model, model=config.decoding.draft_model, adapter=()), "generate", report)
+    guess = load(replace(config.model, model=config.decoding.draft_model, adapter=()))
     if guess.tokenizer.backend.get_vocab() != model.tokenizer.backend.get_vocab():
         raise UsageError("E-DRAFT", f"--draft-model {guess.name}", "has another vocabulary than the model")
     return guess.net
@@ -260,37 +375,10 @@ ENGINES: dict[str, Callable[..., Engine]] = {
 }
 
 
-def _remote(config: GenerateConfig, report: Report) -> Engine:
-    """A server; what it cannot be asked for is an error."""
-    import json
+def _remote(config: GenerateConfig, report: Report) -> "RemoteEngine":
+    from textgen_cli.generate.remote import open_remote
 
-    from textgen_cli.generate.remote import RemoteEngine
-
-    if config.model.offline:
-        raise UsageError("E-CONFLICT", "--endpoint", "cannot be used with --offline")
-    given = [name for name, value in asdict(config.constraint).items() if value and name != "json_schema"]
-    given += [name for name in ("adapter", "quantize") if getattr(config.model, name)]
-    given += [name for name in ("truncate",) if getattr(config.prompting, name)]
-    given += ["top"] if config.prompting.top != 1 else []
-    if given:
-        option = "--" + given[0].replace("_", "-")
-        raise UsageError("E-ENDPOINT-OPTION", option, "cannot be asked of a server")
-    schema = None
-    constraint = _constraint(config)
-    if constraint is not None:
-        schema = json.loads(constraint.text)
-    return RemoteEngine(
-        config.endpoint.endpoint or "",
-        config.model.model,
-        config.decoding,
-        stop=config.decoding.stop,
-        logprobs=config.decoding.logprobs,
-        json_schema=schema,
-        concurrency=config.endpoint.concurrency,
-        split_sequences=config.endpoint.split_sequences,
-        server=config.endpoint.endpoint_server,
-        report=report,
-    )
+    return open_remote(config, _constraint(config), report)
 
 
 # --- what a request looks like

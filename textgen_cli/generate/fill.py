@@ -91,7 +91,7 @@ class FillEngine:
             for gap, (tokens, ps) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         ]
         text = fillings[0][0]["text"]
-        final = Completion("stop", len(ids), len(gaps), extra={"fillings": fillings})
+        final = Completion("stop", len(ids), len(gaps), extra={"fillings": fillings}, tokens=(ids, chosen))
         return Chunk(request.index, request.sequence, text, final)
 
     def _filling(

@@ -6,7 +6,7 @@ sequence ended. Batches depend on the requests alone.
 
 import random
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +14,21 @@ import torch
 
 from textgen_cli.errors import InputError, ModelError, OutOfMemory, TextgenError, UsageError
 from textgen_cli.events import Notice, Report, silent
-from textgen_cli.generate import decode, whole
-from textgen_cli.generate.decode import Row, Step
-from textgen_cli.generate.prefix import Kept
 from textgen_cli.generate.request import Chunk, Completion, Request
+from textgen_cli.generate.rows import Row, Step
 from textgen_cli.generate.sampling import Plan
 from textgen_cli.model import device
-from textgen_cli.model.load import Model
 from textgen_cli.model.tokenizer import TextStream
 from textgen_cli.text.stops import StopFinder
 from textgen_cli.text.windows import batches
 
 if TYPE_CHECKING:
     from textgen_cli.generate.constrain import Constrainer
+    from textgen_cli.generate.prefix import Kept
+    from textgen_cli.model.loaded import Model
+
+    # The network, rows that are decoded together, the plan, a grammar, what was computed before -> steps.
+    Steps = Callable[[Any, list[Row], Plan, Constrainer | None, Kept | None], Iterator[Step]]
 
 BATCH_TOKENS = 16_384  # tokens of prompt, text and padding that one batch may come to
 BATCH_ROWS = 64
@@ -55,21 +57,23 @@ class _Sequence:
 
     def completion(self, finish_reason: str, error: TextgenError | None = None) -> Completion:
         counts = len(self.row.prompt), len(self.row.tokens)
-        return Completion(finish_reason, *counts, self.logprobs, error, self.extra)
+        tokens = self.row.prompt, self.row.tokens
+        return Completion(finish_reason, *counts, self.logprobs, error, self.extra, tokens)
 
 
 @dataclass(frozen=True)
 class LocalEngine:
     """A model of this machine behind the engine's door."""
 
-    model: Model
+    model: "Model"
     plan: Plan
     constrainer: "Constrainer | None" = None
     draft: Any = None  # a smaller network that guesses tokens
     batch_rows: int | None = None
     truncate: str | None = None  # left or right: the end at which a prompt that is too long is cut
     report: Report = silent
-    kept: Kept | None = None  # what the conversation under way has computed
+    kept: "Kept | None" = None  # what the conversation under way has computed
+    steps: "Steps | None" = None  # another loop than the one on transformers' networks
 
     def stream(self, requests: Sequence[Request], done: Collection[int] = ()) -> Iterator[Chunk]:
         """Generate for every request; one that fails ends with an error of its own and the others go on.
@@ -198,7 +202,8 @@ class LocalEngine:
         owner = {id(sequence.row): sequence for sequence in batch}
         kept = self.kept if len(batch) == 1 else None
         rows = [sequence.row for sequence in batch]
-        for step in decode.steps(self.model.net, rows, self.plan, self.constrainer, kept):
+        steps = self.steps or _steps_of_library()
+        for step in steps(self.model.net, rows, self.plan, self.constrainer, kept):
             for number, row in enumerate(step.rows):
                 if not row.done and (chunk := self._advance(owner[id(row)], step, number)):
                     yield chunk
@@ -260,6 +265,8 @@ class LocalEngine:
         for sequence in sequences:
             by_record[sequence.request.index].append(sequence)
         members = list(by_record.values())
+        from textgen_cli.generate import whole
+
         found = whole.sequences(
             self.model.net,
             [group[0].row for group in members],
@@ -283,3 +290,10 @@ class LocalEngine:
         for token in tokens:
             if not sequence.row.done and (chunk := self._take(sequence, token)):
                 yield chunk
+
+
+def _steps_of_library() -> "Steps":
+    """The loop on transformers' networks, which an engine with a loop of its own must not import."""
+    from textgen_cli.generate import decode
+
+    return decode.steps

@@ -69,7 +69,7 @@ class Answer:
 
 def check_sendable(decoding: DecodingConfig) -> None:
     """Raise UsageError for the first decoding option that the protocol has no field for."""
-    for name in ("bad_words", "bias", "set", "prompt_lookup", "draft_model"):
+    for name in ("bad_words", "bias", "set", "prompt_lookup", "draft_model", "watermark"):
         if getattr(decoding, name):
             raise UsageError("E-ENDPOINT-OPTION", option_name(name), "cannot be sent to an endpoint")
     known = STANDARD.union(*EXTENSIONS.values())

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+
+from textgen_cli.model.past import CACHE, is_plain
 
 WORTHWHILE = 16  # tokens; below this a separate pass costs more than it saves
 
@@ -38,18 +39,18 @@ def shared(net: Any, prompts: Sequence[Sequence[int]]) -> tuple[int, Any]:
     if length < WORTHWHILE:
         return 0, None
     cache = DynamicCache(config=net.config)
-    if not _plain(cache):
+    if not is_plain(cache):
         return 0, None
     with torch.inference_mode():
         ids = torch.tensor([list(prompts[0][:length])], device=net.device)  # (1, T)
-        net(input_ids=ids, past_key_values=cache, use_cache=True)
+        net(input_ids=ids, use_cache=True, **{CACHE: cache})
     cache.batch_repeat_interleave(len(prompts))
     return length, cache
 
 
 def resumed(kept: Kept, prompt: Sequence[int]) -> tuple[int, Any]:
     """How much of a prompt the conversation has computed already, and its cache cut to that."""
-    if kept.cache is None or not _plain(kept.cache):
+    if kept.cache is None or not is_plain(kept.cache):
         return 0, None
     length = common([kept.ids, prompt]) if kept.ids else 0
     if length < WORTHWHILE:
@@ -59,7 +60,3 @@ def resumed(kept: Kept, prompt: Sequence[int]) -> tuple[int, Any]:
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
     return length, cache
-
-
-def _plain(cache: Any) -> bool:
-    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)

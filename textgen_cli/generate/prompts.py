@@ -5,7 +5,6 @@ Knows what the user asked for and how this model is to be asked; no engine and n
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from textgen_cli.config import PromptConfig
@@ -14,9 +13,8 @@ from textgen_cli.generate.messages import check_messages
 from textgen_cli.generate.request import Request, derive_seed
 from textgen_cli.text.presets import PRESETS, Preset, Prompt, Reader, needed, prompt_for
 from textgen_cli.text.records import Record
-from textgen_cli.text.template import fill
+from textgen_cli.text.template import fill, read_template
 
-TEMPLATE_BYTES = 4 * 2**20
 # Options that fill a field, and the task that reads it.
 READERS = {"from": "--task translate", "to": "--task translate", "question": "--task qa"}
 
@@ -65,23 +63,10 @@ def _asked_for(config: PromptConfig) -> Preset | str | None:
         return PRESETS[config.task]
     template = config.template
     if config.template_file is not None:
-        template = _read(config.template_file)
+        template = read_template(config.template_file)
     if template is not None and not needed(template):
         raise UsageError("E-TEMPLATE", "template", "has no field for the prompt", hint="write {text}")
     return template
-
-
-def _read(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(TEMPLATE_BYTES + 1)
-        if len(data) > TEMPLATE_BYTES:
-            raise UsageError("E-TEMPLATE", str(path), f"has more than {TEMPLATE_BYTES:,} bytes")
-        return data.decode("utf-8-sig").removesuffix("\n")
-    except OSError as error:
-        raise UsageError("E-TEMPLATE", str(path), (error.strerror or str(error)).lower()) from error
-    except UnicodeDecodeError as error:
-        raise UsageError("E-TEMPLATE", str(path), f"is not UTF-8 at byte {error.start}") from error
 
 
 def wants_chat(config: PromptConfig) -> bool:

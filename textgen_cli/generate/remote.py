@@ -5,20 +5,25 @@ they went in. What one call is and when it is tried again stands in `endpoint.py
 """
 
 import asyncio
+import json
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from itertools import groupby
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from textgen_cli.config import DecodingConfig
+from textgen_cli.config import DecodingConfig, GenerateConfig, option_name
 from textgen_cli.errors import UsageError
 from textgen_cli.events import Notice, Report, silent
 from textgen_cli.generate.endpoint import Endpoint, Limits
-from textgen_cli.generate.openai_api import EXTENSIONS, Asked, check_extensions, check_sendable, extensions
+from textgen_cli.generate.openai_api import EXTENSIONS, Asked, check_sendable, extensions
 from textgen_cli.generate.request import Chunk, Request
+
+if TYPE_CHECKING:
+    from textgen_cli.generate.grammar import Constraint
 
 Items = SimpleQueue[Chunk | Notice | None]
 
@@ -86,6 +91,23 @@ class RemoteEngine:
             if task.done() and not task.cancelled():
                 task.exception()  # seen; otherwise asyncio reports it on stderr
 
+    def measure(self, messages: Sequence[dict[str, Any]]) -> tuple[None, None]:
+        """Only the server can count its tokens, and says so where they are too many."""
+        return None, None
+
+    def settle(self) -> None:
+        """Find out whether the server has the decoding options that only some have.
+
+        Raises UsageError where it lacks one, NetworkError where it cannot be asked; opens no connection where
+        there is nothing to ask.
+        """
+        if extensions(self._endpoint.asked.decoding):
+            asyncio.run(self._settled())
+
+    async def _settled(self) -> None:
+        async with self._endpoint.client(1) as client:
+            self._server = await self._endpoint.settled(client, self._server, self._report)
+
     def _calls(self, requests: Sequence[Request]) -> list[list[Request]]:
         """Requests that one call answers: the neighbouring sequences of one record."""
         if self._split:
@@ -96,11 +118,8 @@ class RemoteEngine:
     async def _produce(self, calls: list[list[Request]], put: Callable[[Chunk | Notice], None]) -> None:
         """Answer all calls, handing chunks on in the order of the requests."""
         endpoint = self._endpoint
-        decoding = endpoint.asked.decoding
         async with endpoint.client(self._concurrency) as client:
-            if extensions(decoding):
-                self._server = self._server or await endpoint.server_kind(client, put)
-                check_extensions(decoding, self._server, endpoint.subject)
+            self._server = await endpoint.settled(client, self._server, put)
             if len(calls) == 1:
                 await endpoint.call(client, calls[0], put, put, streamed=len(calls[0]) == 1)
                 return
@@ -124,6 +143,30 @@ class RemoteEngine:
                 for task in pending:
                     task.cancel()
                 await asyncio.gather(*pending, return_exceptions=True)
+
+
+def open_remote(config: GenerateConfig, constraint: "Constraint | None", report: Report) -> RemoteEngine:
+    """The engine of the server that the command line names; UsageError for what it cannot be asked for."""
+    if config.model.offline:
+        raise UsageError("E-CONFLICT", "--endpoint", "cannot be used with --offline")
+    given = [name for name, value in asdict(config.constraint).items() if value and name != "json_schema"]
+    given += [name for name in ("adapter", "quantize", "locked") if getattr(config.model, name)]
+    given += ["truncate"] if config.prompting.truncate else []
+    given += ["top"] if config.prompting.top != 1 else []
+    if given:
+        raise UsageError("E-ENDPOINT-OPTION", option_name(given[0]), "cannot be asked of a server")
+    return RemoteEngine(
+        config.endpoint.endpoint or "",
+        config.model.model,
+        config.decoding,
+        stop=config.decoding.stop,
+        logprobs=config.decoding.logprobs,
+        json_schema=None if constraint is None else json.loads(constraint.text),
+        concurrency=config.endpoint.concurrency,
+        split_sequences=config.endpoint.split_sequences,
+        server=config.endpoint.endpoint_server,
+        report=report,
+    )
 
 
 def _drive(loop: asyncio.AbstractEventLoop, task: asyncio.Task[None], items: Items) -> None:

@@ -43,6 +43,8 @@ class Completion:
     logprobs: list[dict[str, Any]] | None = None  # one a token: token, logprob (nats), top
     error: TextgenError | None = None  # this record failed, the run goes on
     extra: dict[str, Any] = field(default_factory=dict)  # what this kind of model says besides
+    # What the model read and what it answered, an end token included, for who looks at it again.
+    tokens: tuple[Sequence[int], Sequence[int]] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,25 @@
-"""Which tokens may come next and which one is taken: decoding settings made whole, and the draw itself.
+"""Which tokens may come next and how one is taken: decoding settings made whole.
 
 Settings come from the user, then from the model's own generation_config.json (known fields within bounds only),
 then from BUILT_IN. Knows nothing of text.
 """
 
-import random
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from transformers import GenerationConfig
+from typing import TYPE_CHECKING, Any
 
 from textgen_cli.config import BUILT_IN, GENERATION_FIELDS, DecodingConfig
 from textgen_cli.errors import InputError, UsageError
 from textgen_cli.events import Notice, Report
 from textgen_cli.generate import wording
-from textgen_cli.model.load import Model
+from textgen_cli.text.words import read_words
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from textgen_cli.generate.banned import Banned
+    from textgen_cli.model.loaded import Model
+    from textgen_cli.model.watermark import Marker
 
 # Fields of a model's generation_config.json that are taken, each within bounds; that file is foreign.
 _MODEL_NUMBERS: dict[str, tuple[float, float]] = {
@@ -47,7 +50,7 @@ _SAMPLERS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "ep
 class Plan:
     """Decoding settings with nothing left open."""
 
-    settings: GenerationConfig  # what transformers' processors are built from
+    settings: "GenerationConfig"  # what transformers' processors are built from
     sample: bool
     max_new_tokens: int | None
     max_length: int | None  # prompt and text together
@@ -57,6 +60,8 @@ class Plan:
     num_return_sequences: int = 1
     stops: tuple[str, ...] = ()  # strings that end the text and are not part of it
     logprobs: int | None = None  # alternatives reported for each token; 0: only the token's own
+    banned: "Banned | None" = None  # words that are never written
+    marker: "Marker | None" = None  # favours the tokens of a watermark
 
     @property
     def speculates(self) -> bool:
@@ -67,6 +72,8 @@ class Plan:
     def counts_padding(self) -> bool:
         """Whether a processor reads the ids themselves, so that padding amid a prompt would change its verdict."""
         settings = self.settings
+        if self.banned is not None and self.banned.adds(self.pad):
+            return True
         return any((settings.repetition_penalty, settings.no_repeat_ngram_size, settings.sequence_bias))
 
     def room(self, prompt_tokens: int) -> int:
@@ -91,8 +98,20 @@ class Plan:
             )
 
 
-def plan(decoding: DecodingConfig, model: Model, report: Report) -> Plan:
-    """Settle every decoding setting for this model; UsageError when the library refuses a combination."""
+def _library(**fields: Any) -> "GenerationConfig":
+    """The settings as transformers' processors take them; it costs seconds to import."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(**fields)
+
+
+def plan(
+    decoding: DecodingConfig, model: "Model", report: Report, settings_of: Callable[..., Any] = _library
+) -> Plan:
+    """Settle every decoding setting for this model; UsageError when the library refuses a combination.
+
+    `settings_of`: what becomes of the fields of GenerationConfig, for an engine that does without the library.
+    """
     own = _model_settings(model, report)
     user = decoding.given() | _by_name(decoding) | _words(decoding, model)
     own_samples = own.get("do_sample") is True or any(name in own for name in _SAMPLERS)
@@ -114,7 +133,7 @@ def plan(decoding: DecodingConfig, model: Model, report: Report) -> Plan:
     if sample:
         fields.setdefault("top_k", 0)
     try:
-        settings = GenerationConfig(**fields)
+        settings = settings_of(**fields)
     except (ValueError, TypeError) as error:
         raise UsageError("E-DECODING", "decoding options", str(error).splitlines()[0]) from error
     return Plan(
@@ -126,8 +145,21 @@ def plan(decoding: DecodingConfig, model: Model, report: Report) -> Plan:
         num_return_sequences=decoding.num_return_sequences,
         stops=decoding.stop,
         logprobs=decoding.logprobs,
+        banned=_banned(decoding, model),
+        marker=_marker(decoding, model),
         **lengths,
     )
+
+
+def _banned(decoding: DecodingConfig, model: "Model") -> "Banned | None":
+    """The words that are never written."""
+    words = read_words(decoding.bad_words) if decoding.bad_words is not None else []
+    if not words:
+        return None
+    from textgen_cli.generate.banned import Banned, token_texts
+
+    rows = model.net.get_output_embeddings().weight.shape[0]
+    return Banned(words, token_texts(model.tokenizer, rows))
 
 
 def _by_name(decoding: DecodingConfig) -> dict[str, Any]:
@@ -156,13 +188,23 @@ def _refuse_idle(decoding: DecodingConfig, user: dict[str, Any], chosen: dict[st
         raise UsageError("E-CONFLICT", "--length-penalty", "needs beams", hint="add --num-beams N")
     if decoding.logprobs is not None and (beams > 1 or guesses):
         raise UsageError("E-CONFLICT", "--logprobs", "cannot be used with beams or speculation")
+    if decoding.watermark is not None and (beams > 1 or guesses):
+        raise UsageError("E-CONFLICT", "--watermark", "cannot be used with beams or speculation")
 
 
-def _words(decoding: DecodingConfig, model: Model) -> dict[str, Any]:
+def _marker(decoding: DecodingConfig, model: "Model") -> "Marker | None":
+    """The watermark's part in the scores; its module is as heavy as the library."""
+    if decoding.watermark is None:
+        return None
+    from textgen_cli.model.watermark import Marker, vocabulary_of
+
+    vocabulary = vocabulary_of(model.net.config.to_dict(), model.name)
+    return Marker(decoding.watermark, decoding.watermark_bias, vocabulary)
+
+
+def _words(decoding: DecodingConfig, model: "Model") -> dict[str, Any]:
     """The settings that need the tokenizer or have another name in the library."""
     found: dict[str, Any] = {}
-    if decoding.bad_words is not None:
-        found["bad_words_ids"] = wording.bad_words_ids(decoding.bad_words, model.tokenizer)
     if decoding.bias:
         found["sequence_bias"] = wording.sequence_bias(decoding.bias, model.tokenizer)
     if decoding.prompt_lookup is not None:
@@ -171,7 +213,7 @@ def _words(decoding: DecodingConfig, model: Model) -> dict[str, Any]:
 
 
 def _samples(
-    decoding: DecodingConfig, user: dict[str, Any], own: dict[str, Any], model: Model, num_beams: int
+    decoding: DecodingConfig, user: dict[str, Any], own: dict[str, Any], model: "Model", num_beams: int
 ) -> bool:
     if decoding.greedy or {**own, **user}.get("temperature") == 0:
         return False
@@ -191,14 +233,14 @@ def _lengths(user: dict[str, Any], own: dict[str, Any]) -> dict[str, int | None]
     return {name: given.get(name) for name in names}
 
 
-def _eos(chosen: dict[str, Any], model: Model) -> set[int]:
+def _eos(chosen: dict[str, Any], model: "Model") -> set[int]:
     found = chosen.get("eos_token_id", getattr(model.net.config, "eos_token_id", None))
     ids = found if isinstance(found, list) else [found]
     own = getattr(model.tokenizer.backend, "eos_token_id", None)
     return {i for i in [*ids, own] if isinstance(i, int) and i >= 0}
 
 
-def _model_settings(model: Model, report: Report) -> dict[str, Any]:
+def _model_settings(model: "Model", report: Report) -> dict[str, Any]:
     taken: dict[str, Any] = {}
     for name, value in model.generation.items():
         # The library counts padding as text here: only a decoder of its own has none.
@@ -217,7 +259,7 @@ def _model_settings(model: Model, report: Report) -> dict[str, Any]:
     return taken
 
 
-def _fits(name: str, value: Any, model: Model) -> bool | None:
+def _fits(name: str, value: Any, model: "Model") -> bool | None:
     """True: take it; False: a known field with an impossible value; None: not a field that is taken."""
     if value is None:
         return None
@@ -235,18 +277,3 @@ def _fits(name: str, value: Any, model: Model) -> bool | None:
     if name == "bad_words_ids":
         return isinstance(value, list) and all(isinstance(word, list) and word for word in value)
     return None
-
-
-def draw(scores: torch.Tensor, streams: Sequence[random.Random]) -> torch.Tensor:
-    """One token a row, (B, V) -> (B,), from the row's own stream of random numbers.
-
-    Inverse of the cumulative distribution: a row's token depends on its scores and its stream alone, so neither
-    the rest of the batch nor the device's generator can change it.
-    """
-    uniform = torch.tensor([[stream.random()] for stream in streams], dtype=torch.float32).to(scores.device)
-    mass = torch.softmax(scores, dim=-1).cumsum(dim=-1)  # (B, V)
-    total = mass[:, -1:]
-    # Strictly below the total, so that rounding can never choose a token of probability 0.
-    threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    found = torch.searchsorted(mass, threshold, right=True).squeeze(-1)
-    return found.clamp_(max=scores.shape[-1] - 1)  # a row of NaN has no place; whoever asked has seen it

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, get_args
 
 from textgen_cli.config import DecodingConfig
-from textgen_cli.errors import InputError, OutputError, UsageError
+from textgen_cli.errors import InputError, OutputError, TextgenError, UsageError
 from textgen_cli.generate.messages import check_messages
 from textgen_cli.generate.request import Chunk, Engine, Request, derive_seed
 
@@ -24,9 +24,9 @@ KINDS = {f.name: f.type for f in fields(DecodingConfig) if f.name not in NOT_IN_
 
 
 class Talker(Engine, Protocol):
-    """An engine that can say how many tokens a conversation has and how many it takes."""
+    """An engine that can say how many tokens a conversation has and how many it takes, None where unknown."""
 
-    def measure(self, messages: Sequence[dict[str, Any]]) -> tuple[int, int | None]: ...
+    def measure(self, messages: Sequence[dict[str, Any]]) -> tuple[int | None, int | None]: ...
 
 
 @dataclass
@@ -70,11 +70,8 @@ class Conversation:
     def _answer(self, asked: list[dict[str, Any]]) -> Iterator[Chunk]:
         """The history becomes `asked` and the answer, unless it fails before there is any of it."""
         answer, whole = "", False
-        request = Request(0, 0, None, tuple(self._fitting(asked)), derive_seed(self.seed, 0, 0))
         try:
-            for chunk in self.engine.stream([request]):
-                if chunk.final and chunk.final.error:
-                    raise chunk.final.error
+            for chunk in self._chunks(asked):
                 answer += chunk.text
                 whole = chunk.final is not None
                 yield chunk
@@ -82,23 +79,46 @@ class Conversation:
             if answer or whole:
                 self.messages = [*asked, {"role": "assistant", "content": answer}]
 
+    def _chunks(self, asked: list[dict[str, Any]]) -> Iterator[Chunk]:
+        """The answer to as many of the newest turns as the engine takes."""
+        starts = self._starts(asked)
+        for start in starts:
+            seen, begun = self._seen(asked, start), False
+            try:
+                for chunk in self.engine.stream([Request(0, 0, None, seen, derive_seed(self.seed, 0, 0))]):
+                    if chunk.final and chunk.final.error:
+                        raise chunk.final.error
+                    self.dropped, begun = start, True
+                    yield chunk
+            except TextgenError as error:
+                if error.name != "E-CONTEXT" or begun or start == starts[-1]:
+                    raise
+            else:
+                return
+
+    def _seen(self, asked: list[dict[str, Any]], start: int) -> tuple[dict[str, Any], ...]:
+        return (*self._head(), *asked[start:])
+
     def _head(self) -> list[dict[str, Any]]:
         return [{"role": "system", "content": self.system}] if self.system else []
 
-    def _fitting(self, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """System message and the newest messages that leave room for an answer, from a user's on."""
-        turns = [place for place, message in enumerate(asked) if place and message["role"] == "user"]
-        for start in (0, *turns):
-            seen = [*self._head(), *asked[start:]]
-            size, limit = self.engine.measure(seen)
-            self.dropped = start
+    def _starts(self, asked: list[dict[str, Any]]) -> list[int]:
+        """Where the part of `asked` may begin that is shown to the engine, at a user's message, best first.
+
+        The first leaves room for an answer, where the engine can tell; else it is that of the last answer.
+        """
+        turns = [0, *(place for place, message in enumerate(asked) if place and message["role"] == "user")]
+        for number, start in enumerate(turns):
+            size, limit = self.engine.measure(self._seen(asked, start))
+            if size is None:
+                return [turn for turn in turns if turn >= self.dropped] or turns[-1:]
             if limit is None or size <= limit - limit // ANSWER_SHARE:
-                break
-        return seen
+                return turns[number:]
+        return turns[-1:]
 
     def reset(self) -> None:
         """Forget what was said; the system message stays."""
-        self.messages = []
+        self.messages, self.dropped = [], 0
 
     def set(self, name: str, value: str) -> None:
         """Change a decoding setting for the answers to come; UsageError where it cannot be, and nothing changes."""
@@ -108,7 +128,7 @@ class Conversation:
             raise UsageError("E-CHAT", f"/set {name}", "is no decoding setting", hint=f"known are {known}")
         changed = replace(self.decoding, **{name: _parsed(name, value, getattr(self.decoding, name))})
         self._engine = self.reopen(changed)
-        self.decoding = changed
+        self.decoding, self.dropped = changed, 0
         if name == "seed":
             self.seed = secrets.randbits(63) if changed.seed == "random" else int(changed.seed)
 
@@ -131,7 +151,7 @@ class Conversation:
         messages = check_messages(found.get("messages") if isinstance(found, dict) else None)
         leads = messages[0]["role"] == "system"
         self.system = messages[0]["content"] if leads else None
-        self.messages = messages[1:] if leads else messages
+        self.messages, self.dropped = messages[1:] if leads else messages, 0
 
 
 def _whole(found: dict[str, Any]) -> dict[str, Any]:

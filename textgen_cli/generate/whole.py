@@ -11,7 +11,8 @@ import torch
 from transformers.generation.logits_process import LogitsProcessor
 
 from textgen_cli.errors import ModelError, OutOfMemory, TextgenError
-from textgen_cli.generate.decode import Row, padded
+from textgen_cli.generate.decode import padded
+from textgen_cli.generate.rows import Row
 from textgen_cli.generate.sampling import Plan
 from textgen_cli.model import device
 from textgen_cli.text.windows import batches
@@ -95,7 +96,7 @@ def _generate(net: Any, rows: list[Row], plan: Plan, draft: Any) -> list[list[in
             attention_mask=mask.to(net.device),
             generation_config=settings,
             assistant_model=draft,
-            logits_processor=[_Finite()],
+            logits_processor=[_Finite(), *([plan.banned] if plan.banned else [])],
         )
     start = 1 if net.config.is_encoder_decoder else ids.shape[1]
     tokens: list[list[int]] = out[:, start:].tolist()

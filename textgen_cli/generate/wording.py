@@ -1,18 +1,14 @@
-"""Decoding options that speak of words: what must not come, what is favoured, and any other setting by name.
+"""Decoding options that speak of words: what is favoured, and any other setting by name.
 
 Turns them into the token ids and values that GenerationConfig takes.
 """
 
 import ast
 import math
-from pathlib import Path
 from typing import Any
-
-from transformers import GenerationConfig
 
 from textgen_cli.errors import UsageError
 from textgen_cli.model.tokenizer import Tokenizer
-from textgen_cli.text.words import read_words
 
 # Fields that run foreign code, name files, belong to the library's bookkeeping or have an option of ours.
 _NOT_BY_SET = {
@@ -48,6 +44,8 @@ _NOT_BY_SET = {
 
 def settable() -> dict[str, Any]:
     """The fields of GenerationConfig that --set reaches, with the library's defaults."""
+    from transformers import GenerationConfig
+
     known = GenerationConfig().to_dict()
     return {
         name: value for name, value in known.items() if name not in _NOT_BY_SET and not name.startswith("_")
@@ -57,7 +55,7 @@ def settable() -> dict[str, Any]:
 def assignments(pairs: tuple[str, ...]) -> dict[str, Any]:
     """KEY=VALUE texts as fields; UsageError for an unknown field or a value that is no literal."""
     found: dict[str, Any] = {}
-    known = settable()
+    known = settable() if pairs else {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         name = name.strip().replace("-", "_")
@@ -82,18 +80,6 @@ def _value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return text
-
-
-def bad_words_ids(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of every listed word or phrase as the tokenizer spells it, alone and after a blank, in three cases."""
-    words = read_words(path)
-    spellings = {
-        case for word in words for case in (word, word.lower(), word.upper(), word[:1].upper() + word[1:])
-    }
-    ids = {
-        tuple(tokenizer.encode_literal(before + word)) for word in sorted(spellings) for before in ("", " ")
-    }
-    return [list(found) for found in sorted(ids) if found]
 
 
 def sequence_bias(biases: tuple[str, ...], tokenizer: Tokenizer) -> list[list[Any]]:

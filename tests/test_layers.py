@@ -13,8 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "textgen_cli"
 SCRIPTS = sysconfig.get_path("scripts")
 HEAVY = {
-    "accelerate", "datasets", "gguf", "httpx2", "huggingface_hub", "llguidance", "peft", "safetensors",
-    "tokenizers", "torch", "transformers",
+    "accelerate", "datasets", "gguf", "httpx2", "huggingface_hub", "llguidance", "peft", "sacrebleu", "safetensors",
+    "tokenizers", "torch", "transformers", "trl",
 }  # fmt: skip
 
 # A dotted name -> the parts of the package that may write it.
@@ -113,6 +113,8 @@ def test_the_import_log_shows_an_engine() -> None:
         ("--help", 0),
         ("--version", 0),
         ("generate --help", 0),
+        ("score --help", 0),
+        ("finetune --help", 0),
         ("download --help", 0),
         ("generate --dump-config", 0),
         ("no-such-command", 2),
@@ -120,6 +122,9 @@ def test_the_import_log_shows_an_engine() -> None:
         ("generate text --temperature -1", 2),
         ("generate text --greedy --num-return-sequences 2", 2),
         ("generate text --device abacus", 2),
+        ("score text --labels a", 2),
+        ("score --summary text", 2),
+        ("finetune x -o y --dora", 2),
         ("generate --no-stdin", 2),
         ("generate", 4),  # standard input is empty
     ],
@@ -127,6 +132,13 @@ def test_the_import_log_shows_an_engine() -> None:
 def test_what_needs_no_model_loads_no_engine(line: str, code: int) -> None:
     returned, modules = loaded([f"{SCRIPTS}/textgen", *line.split()])
     assert (returned, modules & HEAVY) == (code, set())
+
+
+def test_bad_examples_load_no_engine(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": 5}\n')
+    line = ["finetune", str(tmp_path / "bad.jsonl"), "--task", "clm", "-o", str(tmp_path / "out")]
+    code, modules = loaded([f"{SCRIPTS}/textgen", *line])
+    assert (code, modules & HEAVY) == (4, set())
 
 
 def test_completion_loads_no_engine() -> None:

@@ -15,7 +15,8 @@ closed = open_missing_descriptors()
 
 from textgen_cli.cli import console  # noqa: E402
 from textgen_cli.cli.app import app, run  # noqa: E402
-from textgen_cli.cli.generate import whole_prompt  # noqa: E402
+from textgen_cli.cli.generate import EXAMPLE  # noqa: E402
+from textgen_cli.cli.inputs import whole_text  # noqa: E402
 from textgen_cli.cli.signals import Interrupted, interruptible  # noqa: E402
 from textgen_cli.errors import BusyError, ModelError, OutOfMemory, ResumeError, SafetyError  # noqa: E402
 from textgen_cli.events import Notice, Progress  # noqa: E402
@@ -87,7 +88,7 @@ def work(verbose: Annotated[bool, typer.Option("-v")] = False, seconds: float = 
 def prompt(argument: Annotated[str | None, typer.Argument()] = None, no_stdin: bool = False) -> None:
     """Write the prompt that generate would use, and what is left on standard input."""
     with console.reporter(verbose=False) as report:
-        whole = whole_prompt(argument, no_stdin, report)
+        whole = whole_text(argument, "prompt", EXAMPLE, no_stdin, report)
         report.hide()
         console.Output().write(json.dumps(whole))
 

@@ -7,12 +7,16 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pexpect
 import pytest
+from parts.endpoint import DONE, Call, Stub, event, events, refuse, reply, whole
 from parts.models import CHAT_TEMPLATE
 
 PROMPT = "\r\n> "
@@ -76,19 +80,9 @@ def _talk(program: list[str], env: dict[str, str], folder: Path, tmp_path: Path)
     inputrc.write_text("set enable-bracketed-paste off\n")
     people = []
 
-    def talk(*args: str, model: Path = folder, **more: str) -> Person:
-        argv = [
-            *program,
-            "generate",
-            "--chat",
-            "-m",
-            str(model),
-            "--dtype",
-            "float32",
-            "--device",
-            "cpu",
-            *args,
-        ]
+    def talk(*args: str, model: Path | None = folder, **more: str) -> Person:
+        local = [] if model is None else ["-m", str(model), "--dtype", "float32", "--device", "cpu"]
+        argv = [*program, "generate", "--chat", *local, *args]
         person = Person(argv, {"TERM": "xterm", "INPUTRC": str(inputrc)} | env | more, tmp_path)
         people.append(person)
         return person
@@ -209,6 +203,21 @@ def test_a_mistake_is_told_and_the_conversation_goes_on(talk: Talk) -> None:
     assert person.leave() == 0
 
 
+def test_an_unsafe_message_or_answer_leaves_no_trace(
+    talk: Talk, program: list[str], env: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
+    [answer] = batch(program, env, folder, [[{"role": "user", "content": "hello"}]], *GREEDY)
+    (tmp_path / "list").write_text(f"secret\nre:{re.escape(answer.split()[0])}\n")
+    person = talk(*GREEDY, "--safety", "list", "--on-unsafe", "drop")
+    shown = person.say("a secret")
+    assert "[E-UNSAFE] prompt: matches list:1" in shown
+    shown = person.say("hello")
+    assert "[E-UNSAFE] text: matches list:2" in shown
+    assert answer.split()[0] not in shown
+    assert person.history() == []
+    assert person.leave() == 0
+
+
 def test_several_lines_are_one_message(talk: Talk) -> None:
     person = talk(*GREEDY)
     person.say("one\\", "two")
@@ -309,3 +318,124 @@ def test_what_cannot_become_a_conversation(
     child.expect(pexpect.EOF)
     child.close()
     assert (child.exitstatus, name.encode() in child.before) == (2 if args else 5, True)
+
+
+# --- through a server
+
+
+def test_a_conversation_with_a_server(talk: Talk) -> None:
+    """It streams, takes what the protocol has, and tells of what it has not; no torch is needed."""
+    finished = threading.Event()
+
+    def slowly(handler: BaseHTTPRequestHandler, call: Call) -> None:
+        events(event("Hello"), 2.0, event(" there", "stop"), DONE)(handler, call)
+        finished.set()
+
+    steps = [slowly, whole("**two**"), whole("three"), whole("four")]
+    with Stub(steps, models=reply(200, '{"data": [{"id": "m", "owned_by": "me"}]}')) as stub:
+        person = talk("--endpoint", stub.url, "-m", "m", "--system", "Be brief.", model=None)
+        person.child.sendline("one")
+        person.child.expect_exact("Hello")
+        assert not finished.is_set()
+        maps = Path(f"/proc/{person.child.pid}/maps").read_text()
+        assert "python" in maps and "torch" not in maps
+        person.child.expect_exact(PROMPT)
+        assert "Hello there" in person.child.before
+        said = [
+            {"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"},
+            {"role": "assistant", "content": "Hello there"},
+        ]  # fmt: skip
+        assert person.history() == said
+        assert stub.calls[-1].body["messages"] == said[:2]
+
+        for wrong, told in (
+            ("/set num_beams 4", "[E-ENDPOINT-OPTION] --num-beams: cannot be sent"),
+            ("/set top_k 5", "[E-ENDPOINT-OPTION] --top-k: "),
+            ("/set temperature -1", "[E-RANGE] --temperature: must be >= 0"),
+        ):
+            assert told in person.say(wrong)
+        person.say("/set temperature 0.25")
+        person.say("/set max-new-tokens 9")
+        assert re.search(r"\x1b\[1mtwo\x1b\[0m", person.say("two"))  # as Markdown
+        body = stub.calls[-1].body
+        assert (body["temperature"], body["max_tokens"], "top_k" in body) == (0.25, 9, False)
+        assert body["messages"] == [*said, {"role": "user", "content": "two"}]
+        first = body["seed"]
+
+        person.say("/retry")
+        body = stub.calls[-1].body
+        assert body["seed"] != first
+        assert body["messages"][-1] == {"role": "user", "content": "two"}
+        person.say("/set greedy true")
+        person.say("/reset")
+        person.say("again")
+        body = stub.calls[-1].body
+        assert (body["temperature"], "seed" in body, len(body["messages"])) == (0, False, 2)
+        assert person.leave() == 0
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_ctrl_c_stops_the_servers_answer(talk: Talk, term: str) -> None:
+    for_ever: list[bytes | float] = [event("on and "), 0.05]
+    with Stub([events(*for_ever * 2000), events(60.0), whole("fine")]) as stub:
+        person = talk("--endpoint", stub.url, "-m", "m", model=None, TERM=term)
+        person.child.sendline("go on")
+        person.child.expect(r"on and on and on")
+        person.child.sendintr()
+        person.child.expect_exact("(stopped)")
+        person.child.expect_exact(PROMPT)
+        assert stub.hung_up.wait(5)  # the server need not go on
+        history = person.history()
+        assert history[-1]["content"].startswith("on and on and on")
+        person.child.sendline("say nothing")
+        while len(stub.calls) < 2:
+            time.sleep(0.01)
+        person.child.sendintr()  # while nothing has come yet: the message is taken back
+        person.child.expect_exact("(stopped)")
+        person.child.expect_exact(PROMPT)
+        assert person.history() == history
+        assert "fine" in person.say("and now")
+        assert len(person.history()) == 4
+        assert person.leave() == 0
+
+
+def test_what_a_server_refuses_is_told_and_the_message_taken_back(talk: Talk) -> None:
+    full = refuse(400, "too long for the context", code="context_length_exceeded")
+    wrong = [
+        (full, "[E-CONTEXT] http"),
+        (refuse(401, "no such key"), "[E-ENDPOINT-KEY] http"),
+        (refuse(404, "The model `m` does not exist", "model"), "[E-ENDPOINT-MODEL] m: "),
+        (refuse(400, "n\x1b]52;c;x\x07"), "n\\x1b]52;c;x\\x07"),
+        (refuse(429, "later", Retry_After="99999"), "asks to wait 99999 s"),
+    ]
+    with Stub(
+        [*(step for step, _ in wrong), whole("one"), full, full, whole("two"), full, whole("three")]
+    ) as stub:
+        person = talk("--endpoint", stub.url, "-m", "m", model=None)
+        for _, told in wrong:
+            shown = re.sub(r"\s+", " ", person.say("hello"))
+            assert told in shown, shown
+            assert "\x1b]52" not in shown
+        assert person.say("/retry").count("nothing has been asked yet") == 1
+        person.say("first")
+        assert "[E-CONTEXT]" in person.say("a long one")
+        assert [m["content"] for m in person.history()] == ["first", "one"]
+        assert "no longer fit" not in person.say("second")
+        assert "(the 2 oldest messages no longer fit)" in person.say("third")
+        assert [m["content"] for m in stub.calls[-1].body["messages"]] == ["second", "two", "third"]
+        assert person.leave() == 0
+
+
+def test_a_server_that_cannot_be_had(program: list[str], env: dict[str, str]) -> None:
+    for address, code, name in (("ftp://x", 2, "E-ENDPOINT"), ("http://10.0.0.1:1/v1", 6, "E-INSECURE-KEY")):
+        argv = ["generate", "--chat", "--endpoint", address, "-m", "m"]
+        child = pexpect.spawn(
+            program[0],
+            argv,
+            env={"TERM": "xterm", "TEXTGEN_API_KEY": "k"} | env,
+            timeout=60,
+            encoding="utf-8",
+        )
+        child.expect(pexpect.EOF)
+        child.close()
+        assert (child.exitstatus, f"[{name}]" in child.before) == (code, True)

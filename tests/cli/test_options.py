@@ -13,18 +13,20 @@ import pytest
 from textgen_cli import config
 from textgen_cli.cli import settings
 from textgen_cli.cli.app import app
-from textgen_cli.cli.options import COMMANDS, OPTIONS, build, leaves
+from textgen_cli.cli.options import COMMANDS, OPTIONS, build, key, leaves
 from textgen_cli.errors import UsageError
 
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
 CONFIGS = [kind for _, kind in inspect.getmembers(config, inspect.isclass) if is_dataclass(kind)]
 PANELS = [
-    "Prompt", "Length and number", "Choice of words", "Form of the text", "Many records", "Model", "Server", "Run",
+    "Prompt", "Length and number", "Choice of words", "Form of the text", "What is asked", "Convention",
+    "What is told", "What must not be said", "Why it says that", "Many records", "Data", "What learns", "Training",
+    "Result", "Getting", "Keeping", "Copies in another form", "Model", "Server", "Run",
 ]  # fmt: skip
 
 
 def test_every_field_is_an_option_and_every_option_a_field() -> None:
-    assert {leaf.name for kind in CONFIGS for leaf in leaves(kind)} == set(OPTIONS)
+    assert {key(command, name) for command, names in COMMANDS.items() for name in names} == set(OPTIONS)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -35,9 +37,10 @@ def test_a_config_has_no_field_twice_and_is_built_from_its_options(kind: type) -
 
 
 def test_flags_are_unique() -> None:
-    short = [option.short for option in OPTIONS.values() if option.short]
-    assert len(short) == len(set(short))
-    assert all(len(flag) == 2 and flag[0] == "-" for flag in short)
+    for command, names in COMMANDS.items():
+        short = [flag for name in names if (flag := OPTIONS[key(command, name)].short)]
+        assert len(short) == len(set(short))
+        assert all(len(flag) == 2 and flag[0] == "-" for flag in short)
     assert {"-m": "model", "-n": "max_new_tokens", "-v": "verbose"}.items() <= {
         option.short: name for name, option in OPTIONS.items()
     }.items()
@@ -50,7 +53,8 @@ def test_the_order_and_the_panels_are_stable(run: Run) -> None:
     assert set(COMMANDS) >= {"generate", "download"}
     assert list(dict.fromkeys(option.panel for option in OPTIONS.values())) == PANELS
     for command, names in COMMANDS.items():
-        assert list(names) == [name for name in OPTIONS if name in names]
+        entries = [key(command, name) for name in names]
+        assert entries == [name for name in OPTIONS if name in entries]
         text = run(command, "--help").stdout.decode()
         found = [text.index(f"─ {panel} ─") for panel in PANELS if f"─ {panel} ─" in text]
         assert found == sorted(found)

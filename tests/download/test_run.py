@@ -40,7 +40,7 @@ def test_the_folder_is_one_that_transformers_loads(
 
     origin = small_model("llama")
     server.add("org/small", origin)
-    folder = run(config("org/small"), silent)
+    folder = run(config("org/small"), silent).folder
     assert folder != origin
     prompt = AutoTokenizer.from_pretrained(folder, local_files_only=True)(
         "Once upon a time", return_tensors="pt"
@@ -58,7 +58,7 @@ def test_it_needs_no_torch_and_a_second_run_no_network(server: Hub, tmp_path: Pa
 import sys
 from textgen_cli.config import DownloadConfig, ModelConfig
 from textgen_cli.download.run import run
-print(run(DownloadConfig(ModelConfig("org/small", offline=sys.argv[1] == "offline")), lambda event: None))
+print(run(DownloadConfig(ModelConfig("org/small", offline=sys.argv[1] == "offline")), lambda event: None).folder)
 heavy = {"torch", "transformers", "numpy", "safetensors", "tokenizers", "gguf"}
 assert not heavy & {name.partition(".")[0] for name in sys.modules}, sys.modules
 """
@@ -90,7 +90,7 @@ def test_a_known_type_with_code_loads_natively_and_the_code_is_not_even_fetched(
     )
     server.add("org/evil", evil)
     events: list[Event] = []
-    folder = run(config("org/evil"), events.append)
+    folder = run(config("org/evil"), events.append).folder
     assert not (folder / "modeling_evil.py").exists()
     assert [event.name for event in events if isinstance(event, Notice)] == ["W-REMOTE-CODE-IGNORED"]
 
@@ -175,7 +175,7 @@ except TextgenError as error:
 def test_a_local_folder_is_checked_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     files.folder(tmp_path / "model")
-    assert run(config("./model"), silent) == tmp_path / "model"
+    assert run(config("./model"), silent).folder == tmp_path / "model"
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(ModelError):
         run(config("./model"), silent)

@@ -19,15 +19,20 @@ from textgen_cli import __version__
 from textgen_cli.cli import console, settings, signals
 from textgen_cli.cli.download import EXAMPLES as DOWNLOAD_EXAMPLES
 from textgen_cli.cli.download import download
+from textgen_cli.cli.finetune import EXAMPLES as FINETUNE_EXAMPLES
+from textgen_cli.cli.finetune import finetune
 from textgen_cli.cli.generate import EXAMPLES as GENERATE_EXAMPLES
 from textgen_cli.cli.generate import generate
-from textgen_cli.cli.options import COMMANDS
+from textgen_cli.cli.options import COMMANDS, settable
+from textgen_cli.cli.score import EXAMPLES as SCORE_EXAMPLES
+from textgen_cli.cli.score import score
 from textgen_cli.config import option_name
 from textgen_cli.errors import InternalError, OutOfMemory, TextgenError, UsageError
 
 EPILOG = (
-    "Every option --some-name of a command is also the key some_name in config.toml and, unless it is "
-    "repeatable, the variable TEXTGEN_SOME_NAME; `textgen COMMAND --dump-config` shows what holds and why."
+    "Every option --some-name of a command, but those that say what download does, is also the key some_name in "
+    "config.toml and, unless it is repeatable, the variable TEXTGEN_SOME_NAME; `textgen COMMAND --dump-config` "
+    "shows what holds and why."
 )
 
 HELP = ["-h", "--help"]
@@ -41,7 +46,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": HELP},
 )
-for _command, _examples in ((generate, GENERATE_EXAMPLES), (download, DOWNLOAD_EXAMPLES)):
+for _command, _examples in (
+    (generate, GENERATE_EXAMPLES),
+    (score, SCORE_EXAMPLES),
+    (finetune, FINETUNE_EXAMPLES),
+    (download, DOWNLOAD_EXAMPLES),
+):
     app.command(epilog=_examples, context_settings={"help_option_names": HELP})(_command)
 
 
@@ -68,7 +78,7 @@ def root(
         with redirect_stdout(console.forgiving_stderr()):
             typer.echo(ctx.get_help())
         raise typer.Exit(2)
-    ctx.obj = settings.read(config, COMMANDS)
+    ctx.obj = settings.read(config, settable())
     ctx.default_map = ctx.obj.values
 
 
@@ -123,6 +133,7 @@ def _set_environment() -> None:
     """Settle what the libraries of the face would else guess from variables."""
     if not sys.warnoptions and not _debugging():
         warnings.simplefilter("ignore")  # words of libraries to their developers
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for name in ("COLUMNS", "TERMINAL_WIDTH"):
         if not re.fullmatch(r"[2-9]\d|[1-9]\d{2,3}", os.environ.get(name, "")):
             os.environ.pop(name, None)

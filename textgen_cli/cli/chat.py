@@ -41,7 +41,7 @@ def converse(conversation: Conversation, report: Reporter) -> None:
     _edit_lines()
     screen = Console()
     # A terminal in an unknown locale may send any bytes.
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]  # a terminal's is a text file
     screen.print("/help shows what can be said besides; Ctrl-D leaves.", style="dim", highlight=False)
     with signals.interruptible():
         while _turn(conversation, screen):

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 from textgen_cli.cli import signals
 from textgen_cli.errors import OutputError, TextgenError
-from textgen_cli.events import Event, Notice, Progress
+from textgen_cli.events import Event, Measured, Notice, Progress
 from textgen_cli.text.sanitize import Sanitizer, clip, redact, visible
 
 if TYPE_CHECKING:
@@ -197,9 +197,11 @@ class Reporter:
         with self._lock:
             if isinstance(event, Notice):
                 self._note(event)
+            elif isinstance(event, Measured):
+                pass  # figures of a training, which live.py shows
             elif self._draws:
                 self._draw(event)
-            elif self._verbose and self._clock() - self._told_at >= PLAIN_INTERVAL:
+            elif self._verbose and not event.part and self._clock() - self._told_at >= PLAIN_INTERVAL:
                 self._told_at = self._clock()
                 tell(f"textgen: {_label(event)} {_amount(event)}".rstrip() + "\n")
 
@@ -218,15 +220,8 @@ class Reporter:
             signals.last_words = b""
 
     def _note(self, notice: Notice) -> None:
-        if notice.name == "hint":  # a thing to try, for somebody who sits there
-            if not os.isatty(2):
-                return
-            line = f"textgen: hint: {safe(notice.text)}"
-        elif notice.name:
-            line = f"textgen: warning: [{notice.name}] {safe(notice.text)}"
-        elif self._verbose:
-            line = f"textgen: {safe(notice.text)}"
-        else:
+        line = worded(notice, self._verbose)
+        if line is None:
             return
         if self._bar is None:
             tell(line + "\n")
@@ -240,8 +235,34 @@ class Reporter:
             self._bar, self._shown = _new_bar(event), kind
             signals.last_words = SHOW_CURSOR
             self._bar.start()
+        if event.part:
+            self._draw_part(self._bar, event)
+            return
         task = self._bar.task_ids[0]
         self._bar.update(task, completed=event.done, total=event.total, amount=_amount(event))
+
+    def _draw_part(self, bar: "Bar", event: Progress) -> None:
+        """A bar for each thing that is under way, below that of the whole; gone when it is done."""
+        task = next((task.id for task in bar.tasks if task.fields.get("part") == event.part), None)
+        if event.done == event.total:
+            if task is not None:
+                bar.remove_task(task)
+        elif task is None:
+            name = f"  {safe(event.part)}"
+            bar.add_task(
+                name, total=event.total, completed=int(event.done), amount=_amount(event), part=event.part
+            )
+        else:
+            bar.update(task, completed=event.done, amount=_amount(event))
+
+
+def worded(notice: Notice, verbose: bool) -> str | None:
+    """A notice as a line for people; None where it is not to be shown."""
+    if notice.name == "hint":  # a thing to try, for somebody who sits there
+        return f"textgen: hint: {safe(notice.text)}" if os.isatty(2) else None
+    if notice.name:
+        return f"textgen: warning: [{notice.name}] {safe(notice.text)}"
+    return f"textgen: {safe(notice.text)}" if verbose else None
 
 
 def _new_bar(event: Progress) -> "Bar":

@@ -1,25 +1,60 @@
-"""python -m benchmarks NAME [--quick]: runs one benchmark; exit code 1 when a target is missed."""
+"""python -m benchmarks [NAME...] [--quick]: measures and prints tables; exit code 1 when a target is missed.
+
+`results.json` beside this file holds the last figures of each benchmark, and what they were measured on.
+"""
 
 import argparse
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
-from benchmarks import generate, runner, startup
+from benchmarks import decode, explain, finetune, generate, runner, score, startup, watermark
+from benchmarks.runner import Ratio
 
-BENCHMARKS: dict[str, Callable[[bool], bool]] = {
+BENCHMARKS: dict[str, Callable[..., Iterator[list[Ratio]]]] = {
     "startup": startup.run,
     "generate": generate.run,
+    "decode": decode.run,
+    "score": score.run,
+    "explain": explain.run,
+    "watermark": watermark.run,
+    "finetune": finetune.run,
 }
+RESULTS = Path(__file__).with_name("results.json")
 
 
 def main() -> int:
-    """Run the benchmark named on the command line; 0 when every target was met."""
+    """Run the benchmarks that are named, or all; 0 when every target was met."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("name", choices=BENCHMARKS)
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; none: all of them"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds; for a look, not for a figure")
+    parser.add_argument("--only", help="finetune: one row, or speed")
     args = parser.parse_args()
-    print(runner.machine(), end="\n\n", flush=True)
-    return 0 if BENCHMARKS[args.name](args.quick) else 1
+    if unknown := set(args.names) - BENCHMARKS.keys():
+        parser.error(f"no benchmark is called {min(unknown)}")
+    machine = runner.machine()
+    print(machine, end="\n\n", flush=True)
+    met = True
+    for name in args.names or BENCHMARKS:
+        rows: list[dict[str, Any]] = []
+        only = [args.only] if args.only and name == "finetune" else []
+        for ratios in BENCHMARKS[name](args.quick, *only):
+            print(runner.table(ratios), end="\n\n", flush=True)
+            met = met and all(ratio.met for ratio in ratios)
+            rows += [runner.fields(ratio) for ratio in ratios]
+            _write(name, {"machine": machine, "quick": args.quick, "rows": rows})
+        print(runner.markdown(rows), end="\n\n", flush=True)
+    return 0 if met else 1
+
+
+def _write(name: str, found: dict[str, Any]) -> None:
+    """Put one benchmark's figures beside the last ones of the others."""
+    known = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps({**known, name: found}, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

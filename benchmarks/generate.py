@@ -10,10 +10,10 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.runner import Ratio, Run, Side, compare, table
+from benchmarks.runner import Ratio, Run, Side, compare
 
 OURS = """
 import json, sys, time
@@ -21,6 +21,7 @@ from textgen_cli.config import DecodingConfig, GenerateConfig, ModelConfig
 from textgen_cli.events import silent
 from textgen_cli.generate import many
 from textgen_cli.generate.engines import open_engine
+from textgen_cli.text import flow
 from textgen_cli.text.records import Record
 folder, work, dtype, quantize = sys.argv[1:]
 work = json.load(open(work))
@@ -32,7 +33,8 @@ config = GenerateConfig(
 opened = open_engine(config, 0, silent)
 def run(prompts):
     records = [Record(i, {"prompt": p}) for i, p in enumerate(prompts)]
-    found = [o for g in many.results(records, 0, many.WINDOW, lambda: opened) for r in g for o in r.outputs]
+    groups = flow.results(records, 0, flow.WINDOW, lambda: opened, many.window)
+    found = [fields for group in groups for result in group for fields in result.outputs]
     return sum(o["completion_tokens"] for o in found), [o["text"] for o in found]
 run(work["prompts"][:2])
 start = time.perf_counter()
@@ -110,17 +112,13 @@ WORDS = [
 PARALLEL = (1, 8, 16, 32, 64)
 
 
-def run(quick: bool) -> bool:
-    """Print the comparisons; whether every target was met."""
+def run(quick: bool) -> Iterator[list[Ratio]]:
+    """The comparisons, one table after another."""
     with tempfile.TemporaryDirectory() as scratch:
         parts = Parts(Path(scratch))
         steps: tuple[Callable[[Parts, bool], list[Ratio]], ...] = (one_stream, batch, mixed)
-        met = True
         for step in steps:
-            ratios = step(parts, quick)
-            print(table(ratios), end="\n\n", flush=True)
-            met = met and all(ratio.met for ratio in ratios)
-    return met
+            yield step(parts, quick)
 
 
 class Parts:
@@ -167,20 +165,20 @@ class Parts:
 
     def ours(self, work: str, dtype: str = "bfloat16", quantize: str = "") -> Callable[[], Run]:
         """Our side of a piece of work."""
-        return _timed([sys.executable, "-c", OURS, self.folder, work, dtype, quantize])
+        return timed([sys.executable, "-c", OURS, self.folder, work, dtype, quantize])
 
     def plain(self, work: str, batch_size: int, dtype: str = "bfloat16") -> Callable[[], Run]:
         """The hand-written transformers loop, in file order."""
-        return _timed([sys.executable, "-c", PLAIN, self.folder, work, dtype, str(batch_size)])
+        return timed([sys.executable, "-c", PLAIN, self.folder, work, dtype, str(batch_size)])
 
     def llama_cpp(self, work: str, parallel: int) -> Callable[[], Run]:
         """llama.cpp with so many sequences at once."""
         import torch
 
-        return _timed([self.llama, "-c", LLAMA, self.gguf, work, str(parallel), str(torch.get_num_threads())])
+        return timed([self.llama, "-c", LLAMA, self.gguf, work, str(parallel), str(torch.get_num_threads())])
 
 
-def _timed(argv: list[str]) -> Callable[[], Run]:
+def timed(argv: list[str]) -> Callable[[], Run]:
     """A side whose seconds are those for one token after loading, as it reports them itself."""
 
     def run() -> Run:

@@ -4,6 +4,7 @@ The two sides of a comparison take turns, and which goes first alternates, so th
 machine falls on both; the figure is the median of the rounds' ratios. It does not know what it measures.
 """
 
+import math
 import os
 import platform
 import statistics
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Run:
     seconds: float  # wall time
     peak: int  # bytes of resident memory at most
     output: str  # stdout
+    cpu: float = 0.0  # seconds of all processors: what a busy machine changes less
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Side:
             if child.returncode != self.code:
                 raise RuntimeError(f"{self.name}: exit {child.returncode}: {err.read().decode()[-2000:]}")
             unit = 1 if sys.platform == "darwin" else 1024
-            return Run(seconds, usage.ru_maxrss * unit, out.read().decode())
+            cpu = usage.ru_utime + usage.ru_stime
+            return Run(seconds, usage.ru_maxrss * unit, out.read().decode(), cpu)
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,33 @@ def row(ratio: Ratio) -> tuple[str, ...]:
         f"{peaks[1]:.0f}",
         str(len(ratio.rounds)),
     )
+
+
+def fields(ratio: Ratio) -> dict[str, Any]:
+    """A ratio as JSON has it; a target that is only printed is null."""
+    sides = {"ours": ratio.ours, "peer": ratio.peer}
+    return {
+        "figure": ratio.name,
+        "ratio": statistics.median(ratio.rounds),
+        "rounds": ratio.rounds,
+        "target": ratio.target if math.isfinite(ratio.target) else None,
+        "met": ratio.met,
+        "seconds": {name: statistics.median(run.seconds for run in side) for name, side in sides.items()},
+        "peak_bytes": {name: max(run.peak for run in side) for name, side in sides.items()},
+    }
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of `fields` as a table for docs/results.md."""
+    lines = ["| figure | ratio | range | target | | ours MB | peer MB |", "|---|---|---|---|---|---|---|"]
+    for found in rows:
+        target = "printed" if found["target"] is None else f"{found['target']:.3g}"
+        verdict = "" if found["target"] is None else "met" if found["met"] else "missed"
+        peaks = [f"{found['peak_bytes'][side] / 1e6:.0f}" for side in ("ours", "peer")]
+        spread = f"{min(found['rounds']):.3f} to {max(found['rounds']):.3f}"
+        cells = (found["figure"], f"{found['ratio']:.3f}", spread, target, verdict, *peaks)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def machine() -> str:

@@ -1,0 +1,130 @@
+"""Compiled decoding of one stream: against llama.cpp, plain transformers, and the plain script from a cold start.
+
+The compiled models are made in a cache of the benchmark's own, unless they are there. Rates are taken after loading
+and a warm-up, in a process each; figures are seconds for a token, ours / peer.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benchmarks import generate, score, startup
+from benchmarks.runner import Ratio, Run, Side, compare
+
+OURS = """
+import json, sys, time
+from pathlib import Path
+from textgen_cli.config import ModelConfig
+from textgen_cli.events import silent
+from textgen_cli.model.compiled import find, open_model
+work, quantize, dtype = sys.argv[1:]
+work = json.load(open(work))
+config = ModelConfig(quantize=quantize or None, dtype=dtype)
+model = open_model(find(config, silent), config)
+def run(prompt, tokens):
+    ids = list(prompt)
+    for _ in range(tokens):
+        ids.append(int(model.net.logits(ids).argmax()))
+    return ids[len(prompt):]
+prompt = model.tokenizer.encode(work["prompts"][0])
+run(prompt, 16)
+model.net.ids = []
+start = time.perf_counter()
+new = run(prompt, work["tokens"])
+print(json.dumps({"seconds": time.perf_counter() - start, "tokens": len(new), "texts": [model.tokenizer.decode(new)]}))
+"""
+
+BITS = """
+import json, math, sys
+import torch
+from textgen_cli.config import ModelConfig
+from textgen_cli.events import silent
+from textgen_cli.model.compiled import find, open_model
+from textgen_cli.model.load import load
+texts = json.load(open(sys.argv[1]))
+config = ModelConfig(quantize="int8", dtype="bfloat16")
+ours = open_model(find(config, silent), config)
+plain = load(ModelConfig(dtype="float32"), "score", silent)
+sums, size = [0.0, 0.0], 0
+for text in texts:
+    ids = [0, *plain.tokenizer.encode(text)][:256]
+    size += len(plain.tokenizer.decode(ids[1:]).encode())
+    with torch.inference_mode():
+        logs = plain.net(input_ids=torch.tensor([ids])).logits.float().log_softmax(-1)[0, :-1]
+    sums[1] -= float(logs.gather(1, torch.tensor(ids[1:])[:, None]).sum())
+    ours.net.ids = []
+    for place in range(1, len(ids)):
+        sums[0] -= float(ours.net.logits(ids[:place]).log_softmax(-1)[ids[place]])
+print(json.dumps([total / math.log(2) / size for total in sums]))
+"""
+
+
+def run(quick: bool) -> Iterator[list[Ratio]]:
+    """Rates, the cold start, and what int8 costs in bits per byte."""
+    for options in (["--quantize", "int8", "--dtype", "bfloat16"], ["--dtype", "float32"]):
+        subprocess.run(
+            [startup.TEXTGEN, "download", "--compile", *options], check=True, stdout=subprocess.DEVNULL
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        parts = generate.Parts(Path(scratch))
+        yield rates(parts, quick)
+        yield cold(parts.folder, quick)
+        yield quality(Path(scratch), quick)
+
+
+def rates(parts: generate.Parts, quick: bool) -> list[Ratio]:
+    """128 tokens in one stream."""
+    work = parts.work("one", ["Once upon a time"], 128)
+    _same_text(ours(work, "", "float32")(), parts.plain(work, 1, "float32")())
+    rounds, eight = 3 if quick else 7, ours(work, "int8", "bfloat16")
+    return [
+        compare("compiled int8 / llama.cpp, same GGUF", eight, parts.llama_cpp(work, 1), rounds=rounds, target=1.0),
+        compare("compiled int8 / plain bfloat16", eight, parts.plain(work, 1), rounds=rounds, target=1 / 3),
+        compare("compiled int8 / eager int8 (printed)", eight, parts.ours(work, quantize="int8"),
+                rounds=rounds, target=float("inf")),
+    ]  # fmt: skip
+
+
+def ours(work: str, quantize: str, dtype: str) -> Callable[[], Run]:
+    """The compiled network alone, without the text and the records around it."""
+    return generate.timed([sys.executable, "-c", OURS, work, quantize, dtype])
+
+
+def cold(folder: str, quick: bool) -> list[Ratio]:
+    """A whole one-liner of 32 tokens."""
+    argv = [
+        startup.TEXTGEN,
+        "generate",
+        startup.PROMPT,
+        "-n",
+        str(startup.TOKENS),
+        "--greedy",
+        "--engine",
+        "compiled",
+    ]
+    ours = Side("compiled one-liner", [*argv, "--quantize", "int8", "--dtype", "bfloat16"], startup.OFFLINE)
+    script = [sys.executable, "-c", startup.PLAIN, folder, startup.PROMPT, str(startup.TOKENS), "auto"]
+    peer = Side("plain script", script, startup.OFFLINE)
+    return [
+        compare(
+            "cold one-liner, compiled int8 / plain script", ours, peer, rounds=3 if quick else 9, target=0.45
+        )
+    ]
+
+
+def quality(scratch: Path, quick: bool) -> list[Ratio]:
+    """Bits per byte of compiled int8 over those of float32, on real prose; the `seconds` are bits."""
+    work = scratch / "texts.json"
+    work.write_text(json.dumps(score.prose(scratch, 100 if quick else 1500)))
+    found = Side("bits per byte", [sys.executable, "-c", BITS, str(work)])()
+    ours, peer = ([Run(bits, found.peak, "")] for bits in json.loads(found.output))
+    return [Ratio("bits per byte, compiled int8 / float32", ours, peer, 1.01)]
+
+
+def _same_text(ours: Run, peer: Run) -> None:
+    if json.loads(ours.output)[1] != json.loads(peer.output)[1]:
+        raise RuntimeError(f"the sides disagree:\nours: {ours.output}\npeer: {peer.output}")
+    print("same greedy text on both sides in float32")

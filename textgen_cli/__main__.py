@@ -45,7 +45,9 @@ def main() -> NoReturn:
     # Importing creates objects that all stay: collecting between them costs a third of a cold start.
     gc.disable()
     from textgen_cli.cli.app import run
+    from textgen_cli.model import lean
 
+    lean.allowed = True
     code = run(sys.argv[1:], closed)
     # Everything is written and closed by now: taking thousands of modules apart first would only cost time.
     os._exit(code)

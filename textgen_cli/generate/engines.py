@@ -86,7 +86,7 @@ def open_engine(
 
 
 def _eager(config: GenerateConfig, constraint: "Constraint | None", report: Report) -> "tuple[Engine, Model]":
-    from textgen_cli.model.load import load
+    from textgen_cli.model.lean import load
 
     model = load(config.model, "generate" if config.explaining.explain is None else "explain", report)
     return ENGINES[model.family](config, model, constraint, report), model
@@ -269,7 +269,7 @@ def talker(config: GenerateConfig, report: Report) -> "Callable[[DecodingConfig]
         wanted: dict[ModelConfig, Model] = {}
 
         def once(which: ModelConfig) -> "Model":
-            from textgen_cli.model.load import load
+            from textgen_cli.model.lean import load
 
             wanted[which] = loaded.get(which) or load(which, "generate", report)
             return wanted[which]
@@ -310,7 +310,7 @@ def grammar_refused(num_beams: int | None) -> None:
 
 
 def _loader(report: Report) -> "Load":
-    from textgen_cli.model.load import load
+    from textgen_cli.model.lean import load
 
     return lambda which: load(which, "generate", report)
 

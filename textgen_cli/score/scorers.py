@@ -23,7 +23,7 @@ def open_scorer(config: ScoreConfig, report: Report, *, detail: bool = False) ->
     """
     if config.scoring.watermark is not None:
         return _watermarked(config.scoring.watermark, config, report)
-    from textgen_cli.model.load import load
+    from textgen_cli.model.lean import load
 
     model = load(config.model, "score" if config.explaining.explain is None else "explain", report)
     _refuse(config.scoring, model)

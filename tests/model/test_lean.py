@@ -1,0 +1,58 @@
+"""Loading without torch's compiler: it is not imported, and whoever asks for it afterwards gets the real one."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+AFTERWARDS = """
+import sys, torch
+from textgen_cli.config import ModelConfig
+from textgen_cli.events import silent
+from textgen_cli.model import lean
+
+lean.allowed = True
+model = lean.load(ModelConfig(model=sys.argv[1], device="cpu", dtype="float32"), "generate", silent)
+assert not {"torch._dynamo", "torch.distributed.tensor"} & sys.modules.keys()
+assert not hasattr(torch, "_dynamo") or torch._dynamo.__spec__ is not None
+
+# A mask that is made under vmap enters a context manager of the compiler's.
+from transformers.masking_utils import sdpa_mask
+seen = lambda batch, head, query, key: key <= torch.zeros(1, dtype=torch.long)[query * 0] + query
+mask = sdpa_mask(1, 4, 4, mask_function=seen, use_vmap=True, allow_is_causal_skip=False)
+assert torch.equal(mask[0, 0], torch.ones(4, 4).tril().bool()), mask
+
+ids = torch.arange(6)[None]
+plain = model.net(ids).logits
+compiled = torch.compile(lambda ids: model.net(ids).logits, backend="eager")(ids)
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+torch.testing.assert_close(compiled, plain)
+"""
+
+
+def test_the_compiler_comes_only_when_asked_for(small_model: Callable[..., Path]) -> None:
+    argv = [sys.executable, "-c", AFTERWARDS, str(small_model("llama"))]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_program_does_without_it(small_model: Callable[..., Path]) -> None:
+    argv = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "textgen_cli",
+        "generate",
+        "once",
+        "-n",
+        "3",
+        "--seed",
+        "1",
+    ]
+    argv += ["-m", str(small_model("llama"))]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "transformers.core_model_loading" in imported
+    assert not imported & {"torch._dynamo", "torch.distributed.tensor", "scipy"}

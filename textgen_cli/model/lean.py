@@ -1,0 +1,83 @@
+"""load() for a process that only runs models: transformers without torch's compiler, which costs a second.
+
+transformers' modelling code imports `torch._dynamo`, and with it sympy and torch.distributed.tensor, to mark a
+few functions for `torch.compile`. Nothing is compiled here while text is made or scored (a compiled model is
+a library of its own, compiled.py), so the marks are made by a stand-in that leaves functions as they are.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from textgen_cli.config import ModelConfig
+    from textgen_cli.events import Report
+    from textgen_cli.model.device import Purpose
+    from textgen_cli.model.loaded import Model
+
+# Set by the program's entry: the process is one command's and ends with it. Elsewhere the library stays whole.
+allowed = False
+
+_COMPILER = "torch._dynamo"
+_TRACED = f"{_COMPILER}._trace_wrapped_higher_order_op"
+
+# What else the modelling code imports where it is there: sharding over processes, and the loss of object detection.
+_UNUSED = frozenset({"is_torch_distributed_available", "is_scipy_available"})
+
+# Modules that every network's code imports in turn.
+_MODELLING = ("transformers.modeling_utils", "transformers.generation.utils", "transformers.masking_utils")
+
+
+def load(config: "ModelConfig", purpose: "Purpose", report: "Report") -> "Model":
+    """What `load.load` gives and raises."""
+    if not allowed or {_COMPILER, *_MODELLING} & sys.modules.keys():
+        return _load(config, purpose, report)
+    with _without_compiler():
+        _answer_no()
+        for name in _MODELLING:
+            importlib.import_module(name)
+        return _load(config, purpose, report)
+
+
+def _load(config: "ModelConfig", purpose: "Purpose", report: "Report") -> "Model":
+    from textgen_cli.model import load as whole
+
+    return whole.load(config, purpose, report)
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Stand-ins for the compiler's modules, taken away again: whoever imports it later gets the real one."""
+    import torch
+
+    compiler, traced = ModuleType(_COMPILER), ModuleType(_TRACED)
+    compiler.__path__ = [f"{torch.__path__[0]}/_dynamo"]  # its other modules are themselves
+    vars(compiler).update(dict.fromkeys(("allow_in_graph", "assume_constant_result", "disable"), _mark))
+    vars(traced)["TransformGetItemToIndex"] = _real_transform
+    sys.modules.update({_COMPILER: compiler, _TRACED: traced})
+    vars(torch)["_dynamo"] = compiler
+    try:
+        yield
+    finally:
+        del sys.modules[_COMPILER], sys.modules[_TRACED], vars(torch)["_dynamo"]
+
+
+def _mark(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Any:
+    """A decorator, with or without arguments, that changes nothing."""
+    return _mark if function is None else function
+
+
+def _real_transform() -> Any:
+    """The compiler's own context manager, which a mask that is made under vmap enters."""
+    return importlib.import_module(_TRACED).TransformGetItemToIndex()
+
+
+def _answer_no() -> None:
+    """To the end of the process, transformers is told that parts of it that nothing here uses are not there."""
+    from transformers import utils
+
+    for place in (vars(utils), vars(utils.import_utils)):
+        place.update(dict.fromkeys(_UNUSED & place.keys(), lambda: False))

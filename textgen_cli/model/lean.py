@@ -6,6 +6,7 @@ a library of its own, compiled.py), so the marks are made by a stand-in that lea
 """
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,7 +40,8 @@ def load(config: "ModelConfig", purpose: "Purpose", report: "Report") -> "Model"
         _answer_no()
         for name in _MODELLING:
             importlib.import_module(name)
-        return _load(config, purpose, report)
+        with _compiling_when_used():
+            return _load(config, purpose, report)
 
 
 def _load(config: "ModelConfig", purpose: "Purpose", report: "Report") -> "Model":
@@ -81,3 +83,27 @@ def _answer_no() -> None:
 
     for place in (vars(utils), vars(utils.import_utils)):
         place.update(dict.fromkeys(_UNUSED & place.keys(), lambda: False))
+
+
+@contextmanager
+def _compiling_when_used() -> Iterator[None]:
+    """The library builds a table of how weights are renamed for every kind of model: a thousand patterns, few used."""
+    from transformers import core_model_loading as library
+
+    later = ModuleType("re")
+    vars(later).update({name: getattr(re, name) for name in re.__all__} | {"compile": _Later})
+    vars(library)["re"] = later
+    try:
+        yield
+    finally:
+        vars(library)["re"] = re
+
+
+class _Later:
+    """A pattern that is compiled when anything is asked of it."""
+
+    def __init__(self, *pattern: Any) -> None:
+        self._pattern = pattern
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(re.compile(*self._pattern), name)

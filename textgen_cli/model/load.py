@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -200,7 +199,7 @@ def _plain_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     template = folder / "chat_template.jinja"
     if template.is_file():
         plain["chat_template"] = template.read_text(encoding="utf-8")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_file(str(whole)), **plain)
+    return PreTrainedTokenizerFast(tokenizer_file=str(whole), **plain)
 
 
 def _network(
@@ -230,7 +229,9 @@ def _network(
             ) from error
         raise ModelError("E-LOAD", located.label, _first_line(error)) from error
     finally:
-        gc.enable()  # the program starts with it off, which makes the imports faster
+        if not gc.isenabled():  # the program starts with it off, which makes the imports faster
+            gc.freeze()  # they stay: no collection needs to walk them
+            gc.enable()
     return net
 
 

@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from parts.shell import Shell
 
 # A busy machine is no failure of what is tested.
 settings.register_profile("textgen", deadline=None)
@@ -40,6 +41,14 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    """The program where it is no matter how it starts: forked from a process that has the libraries imported."""
+    shell = Shell(tmp_path_factory.mktemp("warm"))
+    yield shell
+    shell.close()
 
 
 @pytest.fixture(scope="session")

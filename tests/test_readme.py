@@ -1,9 +1,8 @@
-"""The commands of README.md and docs/guide.md, run as they stand: README's with the installed program itself."""
+"""The commands of README.md and docs/guide.md, run as they stand; the first one with the installed program itself."""
 
 import re
 import subprocess
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,37 +22,21 @@ def run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return bash(script, folder, sysconfig.get_path("scripts"))
 
 
-@pytest.fixture(name="shell", scope="module")
-def _shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
-    shell = Shell(tmp_path_factory.mktemp("shell"))
-    yield shell
-    shell.close()
-
-
 SEED_EXAMPLE = "--num-return-sequences 5"  # has a test of its own
 
 
-def examples(name: str) -> list[object]:
-    return [
-        pytest.param(script, id=f"{name}-{number}")
-        for number, (mark, script) in enumerate(blocks(name), 1)
-        if mark is None and SEED_EXAMPLE not in script
-    ]
+EXAMPLES = [
+    pytest.param(script, id=f"{name}-{number}")
+    for name in ("README.md", "docs/guide.md")
+    for number, (mark, script) in enumerate(blocks(name), 1)
+    if mark is None and SEED_EXAMPLE not in script
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", examples("README.md"))
-def test_an_example_of_the_readme_runs(script: str, tmp_path: Path) -> None:
-    check(script, run(script, tmp_path))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", examples("docs/guide.md"))
-def test_an_example_of_the_guide_runs(shell: Shell, script: str, tmp_path: Path) -> None:
-    check(script, shell(script, tmp_path))
-
-
-def check(script: str, done: subprocess.CompletedProcess[str]) -> None:
+@pytest.mark.parametrize("script", EXAMPLES)
+def test_an_example_runs(warm: Shell, script: str, tmp_path: Path) -> None:
+    done = warm(script, tmp_path)
     assert done.returncode == 0, done.stderr
     # Silent on stderr when all is well; the examples of failure say their exit code.
     assert (done.stderr == "") == ("exit code" not in script)

@@ -5,9 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from parts.shell import Shell
 
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(name="program")
+def _program(warm: Shell) -> list[str]:
+    return [warm.program]
 
 
 def test_texts_are_separated_by_a_blank_line(run: Run, small_model: Callable[..., Path]) -> None:

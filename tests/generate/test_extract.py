@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import transformers
 from parts.models import TEXT, word_tokenizer
+from parts.shell import Shell
 
 from textgen_cli.config import ModelConfig
 from textgen_cli.events import silent
@@ -151,8 +151,8 @@ def test_unusual_pairs(folder: Path, pair: tuple[str, str], name: str | None) ->
         assert (text, final.finish_reason, final.extra["score"]) == ("", "no_answer", None)
 
 
-def run(folder: Path, *args: str, stdin: str) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "textgen_cli", "generate", "-m", str(folder), "--dtype", "float32", *args]
+def run(warm: Shell, folder: Path, *args: str, stdin: str) -> subprocess.CompletedProcess[str]:
+    argv = [warm.program, "generate", "-m", str(folder), "--dtype", "float32", *args]
     return subprocess.run(
         argv, input=stdin, capture_output=True, text=True, timeout=60, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -160,20 +160,20 @@ def run(folder: Path, *args: str, stdin: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.slow
-def test_from_the_command_line(folder: Path) -> None:
+def test_from_the_command_line(warm: Shell, folder: Path) -> None:
     expected, null = spans(folder, QUESTION, TEXT[1])
     best = [TEXT[1][start:end] for _, start, end in expected[:3]]
-    done = run(folder, "--task", "qa", "--question", QUESTION, stdin=TEXT[1] + "\n")
+    done = run(warm, folder, "--task", "qa", "--question", QUESTION, stdin=TEXT[1] + "\n")
     assert (done.returncode, done.stderr, done.stdout) == (0, "", best[0] + "\n")
 
-    done = run(folder, "--task", "qa", "--question", QUESTION, "--top", "3", stdin=TEXT[1] + "\n")
+    done = run(warm, folder, "--task", "qa", "--question", QUESTION, "--top", "3", stdin=TEXT[1] + "\n")
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     assert [answer for _, answer in rows] == best
     assert [float(score) for score, _ in rows] == pytest.approx([s for s, _, _ in expected[:3]], rel=1e-3)
 
     records = [{"id": 1, "question": QUESTION, "context": TEXT[1]}, {"id": 2, "question": QUESTION}]
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    done = run(folder, "--task", "qa", "--jsonl", stdin=lines)
+    done = run(warm, folder, "--task", "qa", "--jsonl", stdin=lines)
     first, second = map(json.loads, done.stdout.splitlines())
     assert done.returncode == 3
     assert {name: first[name] for name in ("id", "question", "context", "text")} == records[0] | {

@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from parts.shell import Shell
 
 from textgen_cli.config import ModelConfig
 from textgen_cli.events import silent
@@ -69,8 +69,8 @@ def test_a_text_without_a_gap_fails_alone(folder: Any) -> None:
     assert bad.error is not None and bad.error.name == "E-NO-GAP"
 
 
-def run(folder: Any, *args: str) -> str:
-    argv = [sys.executable, "-m", "textgen_cli", "generate", "-m", str(folder), "--dtype", "float32", *args]
+def run(warm: Shell, folder: Any, *args: str) -> str:
+    argv = [warm.program, "generate", "-m", str(folder), "--dtype", "float32", *args]
     done = subprocess.run(
         [*argv, "--no-stdin"], capture_output=True, text=True, timeout=60, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -80,17 +80,17 @@ def run(folder: Any, *args: str) -> str:
 
 
 @pytest.mark.slow
-def test_from_the_command_line(folder: Any) -> None:
+def test_from_the_command_line(warm: Shell, folder: Any) -> None:
     one, two = "once upon a ___ there was a small model", "[MASK] language model assigns ____ to text"
     [final] = fill(folder, [one], top=3)
     [best] = final.extra["fillings"]
-    assert run(folder, one) == best[0]["text"] + "\n"
-    rows = [line.split("\t") for line in run(folder, one, "--top", "3").splitlines()]
+    assert run(warm, folder, one) == best[0]["text"] + "\n"
+    rows = [line.split("\t") for line in run(warm, folder, one, "--top", "3").splitlines()]
     assert [text for _, text in rows] == [entry["text"] for entry in best]
     assert [float(p) for p, _ in rows] == pytest.approx([entry["probability"] for entry in best], rel=1e-3)
     assert all(len(p.replace("0.", "").lstrip("0")) == 4 for p, _ in rows)
     [final] = fill(folder, [two], top=3)
-    assert json.loads(run(folder, two, "--top", "3", "--jsonl"))["fillings"] == [
+    assert json.loads(run(warm, folder, two, "--top", "3", "--jsonl"))["fillings"] == [
         [entry | {"probability": pytest.approx(entry["probability"])} for entry in gap]
         for gap in final.extra["fillings"]
     ]

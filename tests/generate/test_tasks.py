@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 import transformers
 from parts.models import TEXT
 from parts.seq2seq_models import MAKERS
+from parts.shell import Shell
 
 from textgen_cli.config import DecodingConfig, GenerateConfig, ModelConfig, PromptConfig
 from textgen_cli.events import silent
@@ -110,12 +110,10 @@ def test_records_of_one_batch_keep_their_languages(folder_of: Callable[[str], Pa
 
 
 @pytest.mark.slow
-def test_from_the_command_line(folder_of: Callable[[str], Path]) -> None:
+def test_from_the_command_line(warm: Shell, folder_of: Callable[[str], Path]) -> None:
     folder = folder_of("nllb")
     argv = [
-        sys.executable,
-        "-m",
-        "textgen_cli",
+        warm.program,
         "generate",
         "-m",
         str(folder),

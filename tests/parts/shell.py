@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 # What stands on the PATH as `textgen`: it hands its command over, and ends as that ended.
 CLIENT = """#!{python} -IS
-import json, os, socket, sys
+import json, os, signal, socket, sys
 door = socket.socket(socket.AF_UNIX)
 door.connect({path!r})
 socket.send_fds(door, [b"."], [0, 1, 2])
@@ -25,13 +25,14 @@ for at in range(3):
     os.close(at)
 status = int(door.makefile().readline())
 if status < 0:
+    signal.signal(-status, signal.SIG_DFL)
     os.kill(os.getpid(), -status)
 os._exit(status)
 """
 
 
 class Shell:
-    """Runs scripts of bash in a folder. Close it in the end."""
+    """Runs scripts of bash in a folder; `program` is its `textgen` for other callers. Close it in the end."""
 
     def __init__(self, aside: Path) -> None:
         """`aside`: an empty folder of its own, for the socket and the program's stand-in."""
@@ -41,6 +42,7 @@ class Shell:
         script = aside / "textgen"
         script.write_text(CLIENT.format(python=sys.executable, path=str(aside / "door")))
         script.chmod(0o755)
+        self.program = str(script)
         self._aside = aside
         with door:
             os.set_inheritable(door.fileno(), True)

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import scipy.stats
 import torch
+from parts.shell import Shell
 
 from textgen_cli.config import ModelConfig, ScoreConfig, ScoringConfig
 from textgen_cli.errors import InputError, UsageError
@@ -162,13 +162,11 @@ def test_encoder_decoders_are_refused(small_model: Callable[..., Path]) -> None:
 
 
 @pytest.mark.slow
-def test_a_file_of_pairs(small_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_file_of_pairs(warm: Shell, small_model: Callable[..., Path], tmp_path: Path) -> None:
     rows = "sent_more,sent_less,bias_type\nThe fox jumps,The dog jumps,animals\n,empty,animals\na b,b a,letters\n"
     (tmp_path / "pairs.csv").write_text(rows)
     argv = [
-        sys.executable,
-        "-m",
-        "textgen_cli",
+        warm.program,
         "score",
         "-m",
         str(small_model("llama")),

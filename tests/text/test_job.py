@@ -976,11 +976,12 @@ def test_killed_at_every_system_call(tmp_path: Path, flags: list[str]) -> None:
         out = tmp_path / f"{number:05}.out"
         prepare(out)
         done = work(small, out, *flags, "--every-group", under=inject(f"{call}:signal=KILL:when={number}"))
-        assert done.returncode == -signal.SIGKILL, (call, number)
-        reached += 1
+        # Python itself opens a file more or less from run to run: the last of them may be missed.
+        assert done.returncode == -signal.SIGKILL or (done.returncode, call) == (0, "openat"), (call, number)
+        reached += done.returncode != 0
         finish(small, out, expected.read_bytes())
         out.unlink()
-    assert reached == len(calls) > 20
+    assert len(calls) > 20 and reached >= len(calls) - 2
 
 
 def test_errno_of_every_failure_is_words() -> None:

@@ -161,6 +161,10 @@ def _graph(graph: str, net: Any, shapes: Any, target: Path, name: str) -> dict[s
         # What a sum over many rows reads is computed once before it, not again for each row.
         "realize_opcount_threshold": 1,
         "realize_reads_threshold": 1,
+        # Each set of instructions the processor has would be tried in a library of its own: a quarter of the time.
+        "cpp.vec_isa_ok": True,
+        # Headers made ready for the next compilation would stay in a folder of torch's.
+        "aot_inductor.precompile_headers": False,
     }
     try:
         with _scratch(), _ways(net, graph), torch.no_grad():

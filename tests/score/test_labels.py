@@ -20,9 +20,10 @@ from seqeval.metrics.sequence_labeling import get_entities
 from textgen_cli.config import ModelConfig, ScoringConfig
 from textgen_cli.errors import InputError, ModelError, OutOfMemory, TextgenError
 from textgen_cli.events import Event, silent
+from textgen_cli.model.classifier import windows
 from textgen_cli.model.load import Model, load
 from textgen_cli.model.tokenizer import Tokenizer
-from textgen_cli.score.labels import EntityScorer, LabelScorer, _windows
+from textgen_cli.score.labels import EntityScorer, LabelScorer
 from textgen_cli.score.request import Asked
 from textgen_cli.text.segments import segments
 
@@ -326,9 +327,9 @@ def test_a_tokenizer_that_strips_characters(tmp_path: Path) -> None:
 
 @given(st.integers(0, 3000), st.integers(1, 200))
 def test_windows_judge_every_token_once_with_context_on_both_sides(count: int, room: int) -> None:
-    windows = _windows(count, room)
-    assert [token for w in windows for token in range(w.first, w.last)] == list(range(count))
-    for window in windows:
+    found = windows(count, room)
+    assert [token for w in found for token in range(w.first, w.last)] == list(range(count))
+    for window in found:
         assert 0 <= window.start <= window.first < window.last <= window.end <= count
         assert window.end - window.start == min(room, count)
         assert window.start == 0 or window.first - window.start >= room // 4
@@ -346,7 +347,7 @@ def test_a_long_text_is_judged_window_by_window(opened: Callable[[str], Model]) 
     ids, offsets = encoded["input_ids"][1:-1], encoded["offset_mapping"][1:-1]
     assert len(ids) > 500
     label_at: dict[int, str] = {}
-    for window in _windows(len(ids), 126):
+    for window in windows(len(ids), 126):
         row = [backend.cls_token_id, *ids[window.start : window.end], backend.sep_token_id]
         with torch.inference_mode():
             best = model.net(input_ids=torch.tensor([row])).logits[0].argmax(-1).tolist()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from textgen_cli.errors import SafetyError, UsageError
-from textgen_cli.text.safety import Judge, Rules, folded, hidden, judged, read_rules
+from textgen_cli.text import safety
+from textgen_cli.text.safety import Judge, Rule, Rules, folded, hidden, judged, read_rules
 
 
 def rules_of(folder: Path, *lines: str) -> Rules:
@@ -46,7 +47,7 @@ def test_what_a_line_matches(tmp_path: Path, line: str, text: str, found: list[s
 
 def test_a_match_names_its_line(tmp_path: Path) -> None:
     (match,) = judged(rules_of(tmp_path, "# comment", "", "bad word"), "so bad word")
-    assert (match.rule.list, match.rule.line, match.rule.text) == ("words.txt", 3, "bad word")
+    assert match.rule == Rule("words.txt", 3, "bad word")
     assert (match.start, match.end) == (3, 11)
 
 
@@ -140,6 +141,22 @@ def test_a_catastrophic_pattern_does_not_hang(tmp_path: Path) -> None:
     with pytest.raises(SafetyError, match="E-SAFETY-TIME"):
         judged(rules, "a" * 50_000 + "c")
     assert time.monotonic() - start < 20
+
+
+def test_all_patterns_together_have_a_budget_for_a_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pattern is quick enough on each line, all of them on all lines are not: a second for each would add up."""
+    rules = rules_of(tmp_path, *["re:(a+)+b"] * 10)
+    line = "a" * 80 + "c"  # some milliseconds a pattern
+    assert judged(rules, line) == []
+    monkeypatch.setattr(safety, "TEXT_SECONDS", 0.3)
+    since = time.thread_time()
+    with pytest.raises(
+        SafetyError, match=r"words\.txt:\d+: with the patterns before it took longer than 0\.3 s"
+    ):
+        judged(rules, f"{line}\n" * 100)
+    assert time.thread_time() - since < 1
 
 
 def test_long_lists_are_quick(tmp_path: Path) -> None:

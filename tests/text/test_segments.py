@@ -1,5 +1,6 @@
 """Words of a text and the tokens that belong to them, against rules written out character by character."""
 
+import time
 import unicodedata
 from itertools import pairwise
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from textgen_cli.text.segments import assign, segments
+from textgen_cli.text.segments import assign, segments, sentences
 
 ALPHABET = st.one_of(
     st.sampled_from(" \t\n\u3000ab.,é你好の한👍🏽\u200d"), st.characters(exclude_categories=["Cs"])
@@ -108,3 +109,22 @@ def test_tokens_in_order_have_words_in_order(case: tuple[str, list[tuple[int, in
 )
 def test_assignment_by_hand(text: str, offsets: list[tuple[int, int]], owners: list[int | None]) -> None:
     assert assign(offsets, segments(text)) == owners
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('Hello. How are you? "Fine." he said… ok', ["Hello.", "How are you?", '"Fine."', "he said…", "ok"]),
+        ("他说。你好！「是的。」好", ["他说。", "你好！", "「是的。」", "好"]),
+        ("One\n\n Two is 2.5. \n", ["One", "Two is 2.5."]),
+        (" \n", []),
+    ],
+)
+def test_sentences(text: str, found: list[str]) -> None:
+    assert [text[start:end] for start, end in sentences(text)] == found
+
+
+def test_long_runs_of_marks_cost_no_more_than_their_length() -> None:
+    since = time.thread_time()
+    assert len(sentences("." * 200_000 + '."' * 50_000)) == 1
+    assert time.thread_time() - since < 2

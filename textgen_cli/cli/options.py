@@ -160,6 +160,11 @@ OPTIONS: dict[str, Opt] = {
         "Judge prompts and texts by this list: a word, a phrase or re:PATTERN a line; repeatable.",
         metavar="FILE",
     ),
+    "safety_model": Opt(SAFE, "Judge them by this sequence classifier.", metavar="MODEL"),
+    "safety_labels": Opt(SAFE, "The labels of it that are unsafe.", metavar="A,B,C"),
+    "safety_threshold": Opt(
+        SAFE, "The probability of such a label from which a text is unsafe.", metavar="P"
+    ),
     "on_unsafe": Opt(
         SAFE,
         "What becomes of an unsafe text: flag, redact, drop or retry.",

@@ -5,12 +5,12 @@ None means "not given": the model's own generation config and then `BUILT_IN` de
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from textgen_cli.config.explain import ExplainConfig, check_gradients
-from textgen_cli.config.shared import BatchConfig, ModelConfig, check_key, check_range, option_name
+from textgen_cli.config.shared import BatchConfig, ModelConfig, check_key, check_range, listed, option_name
 from textgen_cli.errors import UsageError
 
 Task = Literal["translate", "summarize", "qa", "chat", "story"]
@@ -165,11 +165,31 @@ class SafetyConfig:
     """What must not be in prompts and texts, and what becomes of one in which it is."""
 
     safety: tuple[Path, ...] = ()  # lists of words, phrases and patterns
+    safety_model: str | None = None  # a sequence classifier that judges too
+    safety_labels: str | None = None  # a,b,c: the labels of it that are unsafe
+    safety_threshold: float = 0.5  # from this probability of one of them on
     on_unsafe: Literal["flag", "redact", "drop", "retry"] = "flag"
 
     def __post_init__(self) -> None:
-        if self.on_unsafe != "flag" and not self.safety:
-            raise UsageError("E-CONFLICT", "--on-unsafe", "needs --safety FILE")
+        check_range(self, "safety_threshold", 0, 1, open_low=True)
+        if self.on_unsafe != "flag" and not self.judges:
+            raise UsageError("E-CONFLICT", "--on-unsafe", "needs --safety FILE or --safety-model MODEL")
+        if self.safety_model is None:
+            for name in ("safety_labels", "safety_threshold"):
+                if getattr(self, name) != getattr(SafetyConfig, name):
+                    raise UsageError("E-CONFLICT", option_name(name), "needs --safety-model MODEL")
+        elif not self.label_list():
+            hint = "name the labels that are unsafe: --safety-labels toxic,insult"
+            raise UsageError("E-CONFLICT", "--safety-model", "needs --safety-labels", hint=hint)
+
+    @property
+    def judges(self) -> bool:
+        """Whether anything is judged."""
+        return bool(self.safety) or self.safety_model is not None
+
+    def label_list(self) -> tuple[str, ...]:
+        """The labels of --safety-labels; none where it is not given."""
+        return listed(self.safety_labels)
 
 
 @dataclass(frozen=True)
@@ -195,12 +215,18 @@ class GenerateConfig:
             raise UsageError("E-CONFLICT", "--html", "needs --explain")
         if self.explaining.explain is not None:
             self._check_explain()
-        if self.guarding.safety:
+        if self.guarding.judges:
             self._check_safety()
+
+    def judge(self) -> ModelConfig:
+        """The model of --safety-model: from where and on what the writing one is, but plain, and as exact as scores."""
+        assert self.guarding.safety_model is not None
+        return replace(self.model, model=self.guarding.safety_model, adapter=(), quantize=None, dtype="auto")
 
     def _check_safety(self) -> None:
         if self.prompting.top != 1:
-            raise UsageError("E-CONFLICT", "--safety", "cannot be used with --top, whose texts are many")
+            option = "--safety" if self.guarding.safety else "--safety-model"
+            raise UsageError("E-CONFLICT", option, "cannot be used with --top, whose texts are many")
         if self.guarding.on_unsafe == "retry" and (self.decoding.greedy or self.decoding.temperature == 0):
             raise UsageError("E-CONFLICT", "--on-unsafe retry", "would draw the same text without sampling")
 

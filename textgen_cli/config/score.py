@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from textgen_cli.config.explain import ExplainConfig, check_gradients
-from textgen_cli.config.shared import BatchConfig, ModelConfig, check_key, check_range, option_name
+from textgen_cli.config.shared import BatchConfig, ModelConfig, check_key, check_range, listed, option_name
 from textgen_cli.errors import UsageError
 
 Normalization = Literal["raw", "token", "byte", "pmi"]
@@ -88,7 +88,7 @@ class ScoringConfig:
 
     def label_list(self) -> tuple[str, ...]:
         """The labels of --labels; none where it is not given."""
-        return tuple(dict.fromkeys(filter(None, (label.strip() for label in (self.labels or "").split(",")))))
+        return listed(self.labels)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,11 @@ def check_range(
         raise UsageError("E-RANGE", option_name(name), f"must be {bounds}, not {value}")
 
 
+def listed(text: str | None) -> tuple[str, ...]:
+    """`a,b, a` -> a and b; nothing for None."""
+    return tuple(dict.fromkeys(filter(None, (part.strip() for part in (text or "").split(",")))))
+
+
 def check_key(key: str | None) -> None:
     """UsageError E-RANGE for the key of a watermark that anybody would guess."""
     if key == "":

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from textgen_cli.config import DecodingConfig, GenerateConfig, ModelConfig
 from textgen_cli.errors import ModelError, UsageError
-from textgen_cli.events import Notice, Report, silent
-from textgen_cli.generate import prompts
+from textgen_cli.events import Notice, Report
+from textgen_cli.generate import judging, prompts
 from textgen_cli.generate.prompts import Prompter
 from textgen_cli.generate.request import Engine, Request
-from textgen_cli.text import flow
 from textgen_cli.text.presets import Reader, reader
 from textgen_cli.text.words import read_words
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from textgen_cli.generate.sampling import Plan
     from textgen_cli.generate.talk import Talker
     from textgen_cli.model.load import Model
-    from textgen_cli.text.safety import Rules
 
     Load = Callable[[ModelConfig], Model]
 
@@ -46,7 +44,7 @@ def check(config: GenerateConfig, *, plain: bool) -> None:
     _constraint(config)
     if config.decoding.bad_words is not None:
         read_words(config.decoding.bad_words)
-    _rules(config)
+    judging.rules(config)
 
 
 def open_engine(
@@ -65,8 +63,13 @@ def open_engine(
             "causal", instruct=prompts.wants_chat(config.prompting) or config.prompting.task is not None
         )
         prompter = Prompter(config.prompting, asked, known, seed, count)
-        return Opened(_guarded(config, _remote(config, report), report, alone=alone), prompter, _as_sent)
+        judges = judging.opened(config, report)
+        engine = judging.guarded(config, judges, _remote(config, report), report, alone=alone)
+        return Opened(engine, prompter, _as_sent)
     constraint = _constraint(config)
+    judges = judging.opened(
+        config, report
+    )  # first: what is wrong with it is told before a greater model loads
     found = None
     compiles = config.engine == "compiled" or (config.engine == "auto" and alone)
     if compiles and config.explaining.explain is None:
@@ -78,7 +81,7 @@ def open_engine(
     _hint_chat(config, model, report)
     if config.explaining.explain is not None:
         engine = _explained(config, engine, model, report)
-    engine = _guarded(config, engine, report, alone=alone, continues=model.family == "causal")
+    engine = judging.guarded(config, judges, engine, report, alone=alone, continues=model.family == "causal")
     if asked is None and model.family == "seq2seq" and model.stamp is not None:
         asked = model.stamp.source_template  # what stood around every source in training
     prompter = Prompter(config.prompting, asked, _reader(config, model), seed, count)
@@ -113,35 +116,6 @@ def _constrainer(constraint: "Constraint", model: "Model", plan: "Plan") -> "Con
     rows = model.net.get_output_embeddings().weight.shape[0]
     seq2seq = model.family == "seq2seq"
     return Constrainer(model.tokenizer.fast, rows, plan.eos, constraint, text_start=seq2seq)
-
-
-def _rules(config: GenerateConfig) -> "Rules | None":
-    """The lists of --safety, each read again: they are short, and a wrong one is told before a model loads."""
-    if not config.guarding.safety:
-        return None
-    from textgen_cli.text.safety import read_rules
-
-    return read_rules(config.guarding.safety)
-
-
-def _guarded(
-    config: GenerateConfig,
-    engine: Any,
-    report: Report,
-    *,
-    alone: bool,
-    continues: bool = True,
-    talks: bool = False,
-) -> Any:
-    """The engine, judged where lists are given; records of JSONL tell their verdicts themselves."""
-    rules = _rules(config)
-    if rules is None:
-        return engine
-    from textgen_cli.generate.guarded import GuardedEngine
-
-    told = silent if flow.writes_jsonl(config.batch) else report
-    action = config.guarding.on_unsafe
-    return GuardedEngine(engine, rules, action, told, continues=continues, alone=alone, talks=talks)
 
 
 def _explained(config: GenerateConfig, engine: Engine, model: "Model", report: Report) -> Engine:
@@ -256,8 +230,10 @@ def open_local(
 def talker(config: GenerateConfig, report: Report) -> "Callable[[DecodingConfig], Talker]":
     """Opens an engine for each change of settings; models that are still wanted are not loaded again."""
 
+    judges = judging.opened(config, report)
+
     def guarded(engine: Any) -> "Talker":
-        talking: Talker = _guarded(config, engine, report, alone=True, talks=True)
+        talking: Talker = judging.guarded(config, judges, engine, report, alone=True, talks=True)
         return talking
 
     if config.endpoint.endpoint is not None:

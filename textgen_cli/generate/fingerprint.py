@@ -6,7 +6,7 @@ from typing import Any
 
 from textgen_cli.config import GenerateConfig
 from textgen_cli.events import Report
-from textgen_cli.model.fingerprint import content, given, of_model, of_program, of_weights
+from textgen_cli.model.fingerprint import content, given, of_machine, of_model, of_program, of_weights
 
 
 def fingerprint(
@@ -28,18 +28,27 @@ def fingerprint(
         found["engine"] = config.engine
     found["prompting"] = given(config.prompting, files=("template_file",))
     found["constraint"] = given(config.constraint, files=("json_schema", "grammar"))
-    found["guarding"] = _of_safety(config)
+    found["guarding"] = _of_safety(config, report)
     found["explaining"] = given(config.explaining)
     found |= {"format": form, "shard": config.batch.shard, "batch_size": config.batch.batch_size}
     return found | {"input": source if record is None else record}
 
 
-def _of_safety(config: GenerateConfig) -> dict[str, Any]:
-    """The lists by name, which stands in records, and content."""
+def _of_safety(config: GenerateConfig, report: Report) -> dict[str, Any]:
+    """The lists by name, which stands in records, and content; the classifier, and what computes it beside a server."""
     asked = config.guarding
-    if not asked.safety:
+    if not asked.judges:
         return {}
-    return {"safety": [[Path(p).name, content(p)] for p in asked.safety], "on_unsafe": asked.on_unsafe}
+    found: dict[str, Any] = {"on_unsafe": asked.on_unsafe}
+    found["safety"] = [[Path(p).name, content(p)] for p in asked.safety]
+    if asked.safety_model is not None:
+        judge = config.judge()
+        found["safety_model"] = [judge.model, of_weights(judge, judge.model, report)]
+        found["safety_labels"] = list(asked.label_list())
+        found["safety_threshold"] = asked.safety_threshold
+        if config.endpoint.endpoint is not None:
+            found["machine"] = of_machine(judge)
+    return found
 
 
 def _of_endpoint(config: GenerateConfig) -> dict[str, Any]:

@@ -1,19 +1,41 @@
-"""`--safety` on generate: prompts and texts are judged by lists; the unsafe is told, hidden, dropped or redrawn.
+"""`--safety` on generate: prompts and texts are judged by lists, and by a classifier if one is given; the unsafe is
+told, hidden, dropped or redrawn.
 
-An engine around any engine. Owns what becomes of a verdict; what is unsafe stands in text/safety.py.
+An engine around any engine. Owns what becomes of a verdict; what is unsafe stands in text/safety.py and classified.py.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
-from textgen_cli.errors import SafetyError
+from textgen_cli.errors import ModelError, OutOfMemory, SafetyError, TextgenError
 from textgen_cli.events import Notice, Report
 from textgen_cli.generate.request import Chunk, Completion, Request, derive_seed
-from textgen_cli.text.safety import Judge, Match, Rules, hidden, judged
+from textgen_cli.text.safety import Judge, Judged, Label, Match, Rules, hidden, judged
 
 DRAWS_AGAIN = 3
 _BEFORE = 2000  # characters of a prompt that are looked at together with its continuation
+
+
+_UNJUDGED = (SafetyError, ModelError, OutOfMemory)  # why a text cannot be judged, and so does not pass
+
+
+class Classifies(Protocol):
+    """Judges whole texts, `before` being what a text continues; with `blocks` it tells which stretches are unsafe."""
+
+    def judge(self, text: str, before: str = "", *, blocks: bool = False) -> Judged: ...
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """The verdict on a prompt: the matches in each of its texts, by the number of its message."""
+
+    parts: dict[int | None, list[Match]]
+    probabilities: dict[str, float]  # the highest of the texts
+
+    @property
+    def matches(self) -> list[Match]:
+        return [match for part in self.parts.values() for match in part]
 
 
 @dataclass
@@ -22,25 +44,38 @@ class _Sequence:
 
     request: Request
     judge: Judge
-    found: list[dict[str, Any]]  # matches in the prompt
+    prompt: _Prompt
     draws: int = 1
+    text: str = ""  # as it was written
     held: str = ""  # judged as far as can be, and not given out
-    failed: SafetyError | None = None  # it could not be judged
+    classified: Judged = field(default_factory=Judged)
+    failed: TextgenError | None = None  # it could not be judged
+
+    @property
+    def matches(self) -> list[Match]:
+        """Those in the text."""
+        return self.judge.matches + self.classified.matches
 
     def verdict(self) -> dict[str, Any]:
         """The record's field `safety`."""
-        matches = self.found + [_told(match, "text") for match in self.judge.matches]
-        more = {"draws": self.draws} if self.draws > 1 else {}
+        found = [_told(match, "prompt", place) for place, part in self.prompt.parts.items() for match in part]
+        matches = found + [_told(match, "text") for match in self.matches]
+        both = {"prompt": self.prompt.probabilities, "text": self.classified.probabilities}
+        known = {where: told for where, told in both.items() if told}
+        more: dict[str, Any] = {"probabilities": known} if known else {}
+        more |= {"draws": self.draws} if self.draws > 1 else {}
         return {"safety": {"unsafe": bool(matches), "matches": matches, **more}}
 
 
 def _told(match: Match, where: str, message: int | None = None) -> dict[str, Any]:
     """A match as plain values; the list by its name, since no record holds a path."""
     rule = match.rule
-    place = {"where": where} if message is None else {"where": where, "message": message}
-    return place | {
-        "list": rule.list, "line": rule.line, "rule": rule.text, "start": match.start, "end": match.end,
-    }  # fmt: skip
+    told: dict[str, Any] = {"where": where} if message is None else {"where": where, "message": message}
+    if isinstance(rule, Label):
+        told |= {"model": rule.model, "label": rule.label, "probability": rule.probability}
+    else:
+        told |= {"list": rule.list, "line": rule.line, "rule": rule.text}
+    return told | {"start": match.start, "end": match.end}
 
 
 @dataclass(frozen=True)
@@ -56,6 +91,7 @@ class GuardedEngine:
     rules: Rules
     action: str
     report: Report
+    classifier: Classifies | None = None  # judges as well, each text when it is whole
     continues: bool = True
     alone: bool = False
     talks: bool = False  # a conversation, whose older messages were told already
@@ -68,7 +104,8 @@ class GuardedEngine:
     def stream(self, requests: Sequence[Request], done: Collection[int] = ()) -> Iterator[Chunk]:
         """The engine's chunks as far as they are judged; what is drawn again comes behind all others.
 
-        Texts flow with flag, flow as far as they are certain with redact, and come whole with drop and retry.
+        Texts flow with flag, flow as far as they are certain with redact, and come whole with drop and retry; whole
+        with redact too where a classifier judges.
         """
         open_: dict[tuple[int, int], _Sequence] = {}
         for request in requests:
@@ -97,7 +134,7 @@ class GuardedEngine:
         request = sequence.request
         for draw in range(1, DRAWS_AGAIN + 1):
             seed = derive_seed(request.seed, 0, draw)
-            sequence = replace(sequence, judge=self._judge(request), draws=draw + 1, held="", failed=None)
+            sequence = _Sequence(request, self._judge(request), sequence.prompt, draw + 1)
             for chunk in self._asked([replace(request, seed=seed)], ()):
                 passed = self._passed(sequence, chunk, last=draw == DRAWS_AGAIN)
                 if passed is None:
@@ -111,19 +148,29 @@ class GuardedEngine:
     def _opened(self, request: Request) -> _Sequence | Chunk:
         """The request with what its prompt's verdict makes of it, or its end."""
         try:
-            parts = {place: judged(self.rules, text) for place, text in self._parts(request)}
+            prompt = self._judged(request)
             if self.action == "redact":
-                request = _hidden(request, parts)
+                request = _hidden(request, prompt.parts)
             judge = self._judge(request)
-        except SafetyError as error:
+        except _UNJUDGED as error:
             return Chunk(request.index, request.sequence, "", Completion("error", None, None, error=error))
-        found = [_told(match, "prompt", place) for place, matches in parts.items() for match in matches]
-        sequence = _Sequence(request, judge, found)
-        if found and self.action in ("drop", "retry"):
-            return self._dropped(sequence, Completion("filter", None, None), "prompt")
-        if found:
-            self._tell(request, "prompt", [match.rule.place for part in parts.values() for match in part])
+        sequence = _Sequence(request, judge, prompt)
+        if prompt.matches and self._drops:
+            return self._dropped(sequence, Completion("filter", None, None), "prompt", prompt.matches)
+        if prompt.matches:
+            self._tell(request, "prompt", prompt.matches)
         return sequence
+
+    def _judged(self, request: Request) -> _Prompt:
+        parts: dict[int | None, list[Match]] = {}
+        highest: dict[str, float] = {}
+        for place, text in self._parts(request):
+            found = (
+                self.classifier.judge(text, blocks=self.action == "redact") if self.classifier else Judged()
+            )
+            parts[place] = judged(self.rules, text) + found.matches
+            highest |= {label: max(p, highest.get(label, 0.0)) for label, p in found.probabilities.items()}
+        return _Prompt(parts, highest)
 
     def _parts(self, request: Request) -> Iterator[tuple[int | None, str]]:
         """The texts of a request, each with the number of its message."""
@@ -135,8 +182,11 @@ class GuardedEngine:
         yield from enumerate(request.pair or ())
 
     def _judge(self, request: Request) -> Judge:
-        before = (request.prompt or "")[-_BEFORE:] if self.continues else ""
-        return Judge(self.rules, before, blocks=self.action == "redact")
+        return Judge(self.rules, self._before(request), blocks=self.action == "redact")
+
+    def _before(self, request: Request) -> str:
+        """What the text of a request continues."""
+        return (request.prompt or "")[-_BEFORE:] if self.continues else ""
 
     # --- texts
 
@@ -146,7 +196,11 @@ class GuardedEngine:
         if sequence.failed is None:
             try:
                 sequence.held += judge.feed(chunk.text) + (judge.end() if final else "")
-            except SafetyError as error:
+                if self.classifier is not None:
+                    sequence.text += chunk.text
+                    if final is not None and final.error is None:
+                        self._classify(sequence, self.classifier)
+            except _UNJUDGED as error:
                 sequence.failed, sequence.held = error, ""
         if final is not None:
             return self._ended(sequence, final, last=last)
@@ -155,47 +209,63 @@ class GuardedEngine:
         text, sequence.held = sequence.held, ""
         return [replace(chunk, text=text)]
 
+    def _classify(self, sequence: _Sequence, classifier: Classifies) -> None:
+        """The classifier's verdict on a text that has ended; behind an unsafe prompt it stands for itself."""
+        before = "" if sequence.prompt.matches else self._before(sequence.request)
+        found = classifier.judge(sequence.text, before, blocks=self.action == "redact")
+        sequence.classified = found
+        if self.action == "redact":
+            sequence.held = hidden(sequence.held, found.matches)
+
     def _ended(self, sequence: _Sequence, final: Completion, *, last: bool) -> list[Chunk] | None:
-        request, unsafe = sequence.request, bool(sequence.judge.matches)
+        request, unsafe = sequence.request, bool(sequence.matches)
         error = final.error or sequence.failed
         if error is not None:
             text = "" if self._whole else sequence.held
             final = replace(_without_tokens(final), finish_reason="error", error=error)
             return [Chunk(request.index, request.sequence, text, final)]
-        if unsafe and self._whole:
-            return [self._dropped(sequence, final, "text")] if last else None
+        if unsafe and self._drops:
+            return [self._dropped(sequence, final, "text", sequence.matches)] if last else None
         if unsafe:
-            self._tell(request, "text", [match.rule.place for match in sequence.judge.matches])
-        if self.action == "redact" and (unsafe or sequence.found):
+            self._tell(request, "text", sequence.matches)
+        if self.action == "redact" and (unsafe or sequence.prompt.matches):
             final = _without_tokens(final)
         final = replace(final, extra=final.extra | sequence.verdict())
         return [Chunk(request.index, request.sequence, sequence.held, final)]
 
     @property
-    def _whole(self) -> bool:
-        """Whether a text is given when it has ended, or not at all."""
+    def _drops(self) -> bool:
+        """Whether an unsafe text is not given."""
         return self.action in ("drop", "retry")
 
-    def _dropped(self, sequence: _Sequence, final: Completion, where: str) -> Chunk:
+    @property
+    def _whole(self) -> bool:
+        """Whether a text is given when it has ended, or not at all."""
+        return self._drops or (self.action == "redact" and self.classifier is not None)
+
+    def _dropped(self, sequence: _Sequence, final: Completion, where: str, matches: Sequence[Match]) -> Chunk:
         """The end of a sequence without its text."""
         request = sequence.request
-        verdict = sequence.verdict()
-        places = [f"{match['list']}:{match['line']}" for match in verdict["safety"]["matches"]]
         error = None
         if self.alone:
-            error = SafetyError("E-UNSAFE", where, f"matches {', '.join(dict.fromkeys(places))}")
+            error = SafetyError("E-UNSAFE", where, f"matches {_places(matches)}")
         else:
-            self._tell(request, where, places)
+            self._tell(request, where, matches)
         final = replace(_without_tokens(final), finish_reason="filter", error=error)
-        return Chunk(request.index, request.sequence, "", replace(final, extra=final.extra | verdict))
+        return Chunk(
+            request.index, request.sequence, "", replace(final, extra=final.extra | sequence.verdict())
+        )
 
-    def _tell(self, request: Request, where: str, places: Sequence[str]) -> None:
-        """A verdict as a warning, by the lines of the lists alone; blocks tell themselves."""
+    def _tell(self, request: Request, where: str, matches: Sequence[Match]) -> None:
+        """A verdict as a warning, by the lines of the lists and by labels alone; blocks tell themselves."""
         if self.action == "redact" or (where == "prompt" and request.sequence):  # told with the first
             return
         record = "" if self.alone else f"record {request.index}: "
-        fact = f"{record}{where} matches {', '.join(dict.fromkeys(places))}"
-        self.report(Notice(fact, name="W-UNSAFE"))
+        self.report(Notice(f"{record}{where} matches {_places(matches)}", name="W-UNSAFE"))
+
+
+def _places(matches: Sequence[Match]) -> str:
+    return ", ".join(dict.fromkeys(match.rule.place for match in matches))
 
 
 def _hidden(request: Request, parts: dict[int | None, list[Match]]) -> Request:

@@ -13,13 +13,13 @@ from textgen_cli.config import ScoringConfig
 from textgen_cli.errors import InputError, TextgenError, UsageError
 from textgen_cli.events import Report
 from textgen_cli.model.load import Model
+from textgen_cli.model.rows import gathered
 from textgen_cli.model.tokenizer import Tokenizer
 from textgen_cli.score import figures
 from textgen_cli.score.measures import Measured, Wanted
 from textgen_cli.score.network import Network
 from textgen_cli.score.passes import Row, measure
 from textgen_cli.score.request import Asked, Figures
-from textgen_cli.score.rows import gathered
 from textgen_cli.score.windows import Convention, windows
 
 WINDOW = 2048  # tokens at once where a model names no limit

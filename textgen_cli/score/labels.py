@@ -1,13 +1,11 @@
 """Scorers of classifiers: one judgement of a whole text, or one of each of its words.
 
-Sequence classifiers: which function turns logits into figures is transformers' rule, by the config's `problem_type`.
 Token classifiers: a word's first token decides for it. Knows no batches.
 """
 
 import statistics
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,20 +13,15 @@ import torch
 from textgen_cli.config import ScoringConfig
 from textgen_cli.errors import InputError, ModelError, TextgenError
 from textgen_cli.events import Report
+from textgen_cli.model.classifier import Window, framed, is_regression, label_names, probabilities, windows
+from textgen_cli.model.heads import Row, judged
 from textgen_cli.model.load import Model
-from textgen_cli.score.heads import Row, judged
 from textgen_cli.score.request import Asked, Figures
 from textgen_cli.text.metrics import entity_spans
 from textgen_cli.text.segments import Span, assign, segments
 
 WINDOW = 512  # tokens judged at once by a token classifier that states no limit
 THRESHOLD = 0.5  # from this probability on a label among several is predicted
-
-
-def label_names(model: Model) -> list[str]:
-    """The labels of a classifier, in the order of its logits."""
-    names: dict[int, str] = model.net.config.id2label
-    return [str(names[number]) for number in sorted(names)]
 
 
 class LabelScorer:
@@ -80,30 +73,19 @@ class LabelScorer:
 
     def _figures(self, logits: torch.Tensor) -> Figures:
         """Figures of one text's logits (L,)."""
-        problem = self.model.net.config.problem_type
-        if problem == "regression":
+        if is_regression(self.model):
             values = logits.tolist()
-            return {"value": values[0]} if len(values) == 1 else {"values": self._named(values)}
-        if problem == "multi_label_classification":
-            labels = self._named(logits.sigmoid().tolist())
+            return (
+                {"value": values[0]}
+                if len(values) == 1
+                else {"values": dict(zip(self.names, values, strict=True))}
+            )
+        labels = probabilities(self.model, logits)
+        if self.model.net.config.problem_type == "multi_label_classification":
             return {"prediction": [name for name, p in labels.items() if p >= THRESHOLD], "labels": labels}
-        if len(logits) == 1:
-            return {"value": logits.sigmoid().item()}
-        labels = self._named(logits.softmax(-1).tolist())
+        if len(labels) == 1:
+            return {"value": labels[self.names[0]]}
         return {"prediction": self.names[int(logits.argmax())], "labels": labels}
-
-    def _named(self, values: Sequence[float]) -> dict[str, float]:
-        return dict(zip(self.names, values, strict=True))
-
-
-@dataclass(frozen=True)
-class _Window:
-    """A stretch of a text's tokens that the model sees, and the stretch within it that it decides."""
-
-    start: int
-    end: int
-    first: int
-    last: int  # behind the last
 
 
 @dataclass(frozen=True)
@@ -156,12 +138,12 @@ class EntityScorer:
         Words that one token holds share its tag; one of which the tokenizer leaves nothing has O.
         """
         rows: list[Row] = []
-        owners: list[tuple[_Text, _Window]] = []
+        owners: list[tuple[_Text, Window]] = []
         for one in asked:
-            text, windows, own = self._open(one)
+            text, seen, own = self._open(one)
             rows += own
-            owners += [(text, window) for window in windows]
-            if not windows:
+            owners += [(text, window) for window in seen]
+            if not seen:
                 yield one.index, self._figures(text)
         wanted = [text.asked.index not in done for text, _ in owners]
         for number, found in judged(self.model, rows, self.rows, wanted.__getitem__, self.report):
@@ -176,29 +158,18 @@ class EntityScorer:
             if not text.left:
                 yield text.asked.index, self._figures(text)
 
-    def _open(self, one: Asked) -> tuple[_Text, list[_Window], list[Row]]:
+    def _open(self, one: Asked) -> tuple[_Text, list[Window], list[Row]]:
         """A text, its windows and their rows; none where it has no token of its own."""
         encoded: Any = self.model.tokenizer.backend(
             one.text, truncation=False, return_offsets_mapping=True, return_special_tokens_mask=True
         )
-        added, types = encoded["special_tokens_mask"], encoded.get("token_type_ids")
-        size = len(added)
-        head = next((at for at, special in enumerate(added) if not special), size)
-        tail = next((at for at, special in enumerate(reversed(added)) if not special), 0)
-        count = size - head - tail
-        windows = _windows(count, (self.model.context or WINDOW) - head - tail)
-
-        def seen(values: list[int], window: _Window) -> list[int]:
-            own = values[head + window.start : head + window.end]
-            return [*values[:head], *own, *values[size - tail :]]
-
-        rows = [
-            Row(seen(encoded["input_ids"], window), None if types is None else seen(types, window))
-            for window in windows
-        ]
-        own = slice(head, head + count)
+        whole = framed(encoded)
+        seen = windows(whole.count, (self.model.context or WINDOW) - whole.frame)
+        rows = [whole.row(window.start, window.end) for window in seen]
+        own = slice(whole.head, whole.head + whole.count)
         ids, offsets = encoded["input_ids"][own], encoded["offset_mapping"][own]
-        return _Text(one, ids, offsets, head, [0] * count, [0.0] * count, len(windows)), windows, rows
+        none = [0] * whole.count, [0.0] * whole.count
+        return _Text(one, ids, offsets, whole.head, *none, len(seen)), seen, rows
 
     def _figures(self, text: _Text) -> Figures:
         words = _blank_words(text)
@@ -230,19 +201,7 @@ class EntityScorer:
         return found
 
 
-def _windows(count: int, room: int) -> list[_Window]:
-    """The windows of `room` tokens over a text of `count` tokens; the last ends with the text."""
-    if not count:
-        return []
-    starts = [*range(0, count - room, max(1, room // 2)), max(0, count - room)]
-    cuts = [0, *((start + room + following) // 2 for start, following in pairwise(starts)), count]
-    return [
-        _Window(start, min(start + room, count), first, last)
-        for start, (first, last) in zip(starts, pairwise(cuts), strict=True)
-    ]
-
-
-def _keep(text: _Text, window: _Window, logits: torch.Tensor) -> None:
+def _keep(text: _Text, window: Window, logits: torch.Tensor) -> None:
     """Take over what a window decides. logits (T, L), added tokens included."""
     best = logits.softmax(-1).max(-1)
     seen = slice(text.head + window.first - window.start, text.head + window.last - window.start)

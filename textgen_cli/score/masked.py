@@ -16,11 +16,11 @@ from textgen_cli.errors import InputError, ModelError, TextgenError
 from textgen_cli.events import Report
 from textgen_cli.model.head import Head
 from textgen_cli.model.load import Model
+from textgen_cli.model.rows import batched, gathered
 from textgen_cli.score import figures
 from textgen_cli.score.measures import Measured, Wanted, measured
 from textgen_cli.score.pairs import shared
 from textgen_cli.score.request import Asked, Figures
-from textgen_cli.score.rows import batched, gathered
 
 BATCH_TOKENS = 4096
 BATCH_ROWS = 256

@@ -18,12 +18,12 @@ from textgen_cli.errors import InputError, ModelError, TextgenError
 from textgen_cli.events import Report
 from textgen_cli.model.load import Model
 from textgen_cli.model.past import CACHE, is_plain
+from textgen_cli.model.rows import batched
 from textgen_cli.score.causal import convention, encode
 from textgen_cli.score.measures import Wanted
 from textgen_cli.score.network import Network, width
 from textgen_cli.score.passes import Row, measure, padded
 from textgen_cli.score.request import Asked, Figures
-from textgen_cli.score.rows import batched
 
 BATCH_TOKENS = 4096  # tokens whose keys and values are held at once
 BATCH_ROWS = 64

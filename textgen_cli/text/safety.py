@@ -1,9 +1,10 @@
 """Lists of words, phrases and patterns, where they occur in texts, and texts with blocks in their places.
 
-A list has one entry a line; text may come in pieces. Knows no model; how hard an entry is to get around is told in
-docs/guide.md.
+A list has one entry a line; text may come in pieces. Knows no model, but how a classifier's verdict is told; how hard
+an entry is to get around is told in docs/guide.md.
 """
 
+import time
 import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from textgen_cli.text.segments import is_unspaced
 
 BLOCK = "█"
 PATTERN_SECONDS = 1.0  # a pattern that takes longer on one line is given up, and the text is not passed
+TEXT_SECONDS = 5.0  # so are all patterns that take longer on one text, in seconds of this thread's computing
 _SIGN = "re:"
 
 
@@ -35,12 +37,33 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Match:
-    """Where a rule was met: characters `start` to `end` of the text, in its own count."""
+class Label:
+    """What a classifier holds of a stretch of text."""
 
-    rule: Rule
+    model: str  # its name
+    label: str
+    probability: float
+
+    @property
+    def place(self) -> str:
+        return f"{self.label} ({self.probability:.2f})"
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where a rule was met, or a label found: characters `start` to `end` of the text, in its own count."""
+
+    rule: Rule | Label
     start: int
     end: int
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A classifier's verdict on a text: where it is unsafe, and how probable it holds each label it was asked for."""
+
+    matches: list[Match] = field(default_factory=list)
+    probabilities: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -227,10 +250,11 @@ class _Patterns:
     def __init__(self, rules: Rules, start: int) -> None:
         self._rules = rules
         self._kept = ""
+        self._seconds = TEXT_SECONDS  # left
         self.sure = start
 
     def feed(self, text: str, *, final: bool = False) -> list[Match]:
-        """The matches in the lines that are whole now; SafetyError E-SAFETY-TIME where one takes too long."""
+        """The matches in the lines that are whole now; SafetyError E-SAFETY-TIME where they take too long."""
         *whole, rest = (self._kept + text).split("\n")
         lines = [line + "\n" for line in whole]
         if final:
@@ -246,14 +270,25 @@ class _Patterns:
         whole = folded(line, case=False)
         text = "".join(character for character, _, _ in whole)
         for rule, pattern in self._rules.patterns:
+            since, most = time.thread_time(), min(PATTERN_SECONDS, self._seconds)
             try:
-                spans = [m.span() for m in pattern.finditer(text, timeout=PATTERN_SECONDS)]
+                spans = [m.span() for m in pattern.finditer(text, timeout=most)]
             except TimeoutError:
-                fact = f"took longer than {PATTERN_SECONDS:g} s on a line of {len(line):,} characters"
-                raise SafetyError("E-SAFETY-TIME", rule.place, fact, hint="simplify the pattern") from None
+                raise self._too_slow(rule, line) from None
+            self._seconds -= time.thread_time() - since
+            if self._seconds <= 0:
+                raise self._too_slow(rule, line)
             for first, last in spans:
                 if first < last:
                     yield Match(rule, self.sure + whole[first][1], self.sure + whole[last - 1][2])
+
+    def _too_slow(self, rule: Rule, line: str) -> SafetyError:
+        """One pattern that took too long on a line, or all of them together on a text, where this is the last."""
+        if self._seconds < PATTERN_SECONDS:
+            fact = f"with the patterns before it took longer than {TEXT_SECONDS:g} s on one text"
+            return SafetyError("E-SAFETY-TIME", rule.place, fact, hint="simplify the patterns")
+        fact = f"took longer than {PATTERN_SECONDS:g} s on a line of {len(line):,} characters"
+        return SafetyError("E-SAFETY-TIME", rule.place, fact, hint="simplify the pattern")
 
 
 class Judge:

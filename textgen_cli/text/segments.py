@@ -6,6 +6,7 @@ Words stand between blanks; where a script puts none between them (Chinese, Japa
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import pairwise
 
 Span = tuple[int, int]  # first character, and the one behind the last
 
@@ -17,6 +18,11 @@ _WORD = re.compile(rf"[{_HAN}{_KANA}][{_MARKS}]*|[^\s{_HAN}{_KANA}]+")
 _UNSPACED = re.compile(
     rf"[{_HAN}{_KANA}\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"
 )  # and Thai, Lao, Burmese, Khmer
+_CLOSING = "\"'\u2019\u201d\u00bb)\\]\u300d\u300f\uff09"
+# What a run of marks is like is asked where it begins alone, so that long ones cost no more than their length.
+_END = re.compile(
+    rf"(?<![.!?\u2026])[.!?\u2026]++[{_CLOSING}]*+(?=\s)|(?<![\u3002\uff01\uff1f])[\u3002\uff01\uff1f]++[{_CLOSING}]*+|\n"
+)
 
 
 def is_unspaced(character: str) -> bool:
@@ -27,6 +33,21 @@ def is_unspaced(character: str) -> bool:
 def segments(text: str) -> list[Span]:
     """The words of a text in order; every character that is not blank is in exactly one."""
     return [match.span() for match in _WORD.finditer(text)]
+
+
+def sentences(text: str) -> list[Span]:
+    """The sentences of a text in order, without the blanks around them; a line end ends one too.
+
+    They end behind a full stop, question or exclamation mark before a blank, in Chinese and Japanese behind any such
+    mark, with the quotes and brackets that close there. An abbreviation ends one as well.
+    """
+    ends = [match.end() for match in _END.finditer(text)]
+    found = []
+    for start, end in pairwise([0, *ends, len(text)]):
+        sentence = text[start:end]
+        if sentence.strip():
+            found.append((end - len(sentence.lstrip()), start + len(sentence.rstrip())))
+    return found
 
 
 def assign(offsets: Sequence[Span], words: Sequence[Span]) -> list[int | None]:

@@ -14,7 +14,7 @@ import torch
 from textgen_cli.errors import ModelError, TextgenError
 from textgen_cli.events import Report
 from textgen_cli.model.load import Model
-from textgen_cli.score.rows import batched
+from textgen_cli.model.rows import batched
 
 BATCH_TOKENS = 2048  # larger ones leave the processor's caches
 BATCH_ROWS = 64

@@ -1,6 +1,7 @@
 """--bad-words: the words never stand in a text, whatever tokens would spell them."""
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +98,10 @@ def test_speculation_gives_what_plain_decoding_gives(
 def test_exactly_the_tokens_that_complete_a_word_are_forbidden() -> None:
     """Against trying every token behind every text."""
     draw = random.Random(2)
-    vocabulary = [b"", b"\xc3", b"\xa9", b"\x89", b"a\xc3"]
+    vocabulary = [b"", b"\xc3", b"\xa9", b"\x89", b"a\xc3", b"\xe2\x80", b"\x8b", b"\x8bb", b"\xc2", b"\xad"]
+    vocabulary += [
+        text.encode() for text in ("\u200b", "a\u2060\u200b", "\u200bb", "b\ufeff", "\u200d\u200d")
+    ]
     vocabulary += [
         "".join(draw.choices("abAB\u00e9\u00c9 ", k=draw.randint(1, 4))).encode() for _ in range(150)
     ]
@@ -105,12 +109,13 @@ def test_exactly_the_tokens_that_complete_a_word_are_forbidden() -> None:
     banned = Banned(words, vocabulary)
 
     def holds(text: bytes) -> bool:
-        return any(word in text.decode(errors="replace").lower() for word in words)
+        visible = re.sub("[\u200b\u200d\u2060\ufeff\u00ad]", "", text.decode(errors="replace"))
+        return any(word in visible.lower() for word in words)
 
     tried = 0
     for _ in range(150):
         ids: list[int] = []
-        for _ in range(8):
+        for _ in range(12):
             behind = b"".join(vocabulary[token] for token in ids)
             scores = banned(torch.tensor([[0, *ids]]), torch.zeros(1, len(vocabulary)))[0]
             wrong = [holds(behind + text) and bool(text) for text in vocabulary]
@@ -130,6 +135,9 @@ def test_exactly_the_tokens_that_complete_a_word_are_forbidden() -> None:
         ("\u4f60\u597d", "\u4f60 \u597d"),
         ("e.g.", "e. g."),
         ("bad word", "bad\nWord"),
+        ("bad", "b\u200b\u00ad\u200b\ufeffad"),
+        ("b\u200bad", "bad"),
+        ("\u4f60\u597d", "\u4f60\u2060\u597d"),
     ],
 )
 def test_spellings(word: str, text: str) -> None:

@@ -8,6 +8,9 @@ import unicodedata
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,9 +24,9 @@ if TYPE_CHECKING:
     from textgen_cli.model.tokenizer import Tokenizer
 
 Word = tuple[frozenset[bytes], ...]  # for each character, all that counts as it
-Part = tuple[
-    int, int, bytes
-]  # of a word: its number, the character, what this one still lacks ("": nothing begun)
+# Of a word: its number, the character, what this one still lacks ("": nothing begun); where the number of the
+# character is below 0, an invisible one stands before character ~number and lacks that.
+Part = tuple[int, int, bytes]
 State = frozenset[Part]  # the words that the text may be within
 
 
@@ -31,13 +34,15 @@ class Banned(LogitsProcessor):
     """Forbids every token that would complete a word; scores (B, V), ids (B, T) in, scores out.
 
     A word counts in any case and anywhere, inside of longer words too; a blank in it is a space, a tab or a line end,
-    and beside Chinese and Japanese characters and punctuation blanks may stand. States depend on the ids alone, so
-    beams and rows may come and go.
+    and beside Chinese and Japanese characters and punctuation blanks may stand; invisible characters (category Cf)
+    in it count for nothing. States depend on the ids alone, so beams and rows may come and go.
     """
 
     def __init__(self, words: Iterable[str], texts: Sequence[bytes]) -> None:
         self._texts = texts
-        both = dict.fromkeys(spelled for word in words for spelled in (word, word.casefold()))
+        self._sizes = [sum(byte not in invisible().bytes for byte in text) for text in texts]
+        seen = (invisible().none_in(word) or word for word in words)
+        both = dict.fromkeys(spelled for word in seen for spelled in (word, word.casefold()))
         self._words = [spellings(word) for word in both]
         self._longest = max((sum(max(map(len, c)) for c in word) for word in self._words), default=0)
         self._sorted = sorted((text, token) for token, text in enumerate(texts) if text)
@@ -53,10 +58,10 @@ class Banned(LogitsProcessor):
         self._always = {token for token, text in enumerate(texts) if self._read(frozenset(), text)[1]}
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        near = input_ids[:, -2 * self._longest :].tolist()
+        near = input_ids[:, -4 * self._longest :].tolist()
         for row, ids in enumerate(near):
             state = self._state(ids)
-            if state is None:  # tokens without text stand between
+            if state is None:  # tokens without text stand between, or invisible ones
                 state = self._state(input_ids[row].tolist(), whole=True) or frozenset()
             scores[row].index_fill_(0, self.forbidden(state, scores.device), -torch.inf)
         return scores
@@ -70,7 +75,7 @@ class Banned(LogitsProcessor):
         size, start = 0, len(ids)
         while start and size < self._longest:
             start -= 1
-            size += len(self._texts[ids[start]]) if ids[start] < len(self._texts) else 0
+            size += self._sizes[ids[start]] if ids[start] < len(self._texts) else 0
         if size < self._longest and not whole:
             return None
         state: State = frozenset()
@@ -98,9 +103,25 @@ class Banned(LogitsProcessor):
         """The tokens that begin with the rest of a word."""
         number, at, rest = part
         starts = {rest} if rest else {b""}
-        for character in self._words[number][at + 1 if rest else at :]:
-            starts = {start + more for start in starts for more in character if self._some(start + more)}
+        for character in self._words[number][~at if at < 0 else at + 1 if rest else at :]:
+            behind = self._with_invisible(starts)
+            starts = {start + more for start in behind for more in character if self._some(start + more)}
         return {token for start in starts for _, token in self._sorted[slice(*self._span(start))]}
+
+    def _with_invisible(self, starts: set[bytes]) -> set[bytes]:
+        """These, and with invisible characters behind them, as far as tokens begin so."""
+        found = new = starts
+        while new:
+            new = {
+                start + hidden
+                for start in new
+                for first, several in invisible().by_first.items()
+                if self._some(start + bytes([first]))
+                for hidden in several
+                if self._some(start + hidden)
+            }
+            found = found | new
+        return found
 
     def _some(self, start: bytes) -> bool:
         first, behind = self._span(start)
@@ -129,15 +150,42 @@ class Banned(LogitsProcessor):
         for number, at, rest in state:
             left = {rest} if rest else self._words[number][at]
             found |= {(number, at, spelling) for spelling in left if spelling[0] == byte}
+            if not rest:
+                found |= {(number, ~at, hidden) for hidden in invisible().by_first.get(byte, ())}
         moved: set[Part] = set()
         for number, at, spelling in found | self._begins.get(byte, set()):
             if len(spelling) > 1:
                 moved.add((number, at, spelling[1:]))
+            elif at < 0:
+                moved.add((number, ~at, b""))
             elif at + 1 == len(self._words[number]):
                 complete = True
             else:
                 moved.add((number, at + 1, b""))
         return frozenset(moved), complete
+
+
+@dataclass(frozen=True)
+class Invisible:
+    """The characters that nobody sees (category Cf), in UTF-8 by their first byte, and all bytes that are in them."""
+
+    by_first: dict[int, list[bytes]]
+    bytes: frozenset[int]
+
+    def none_in(self, text: str) -> str:
+        """The text without such characters."""
+        return "".join(character for character in text if unicodedata.category(character) != "Cf")
+
+
+@cache
+def invisible() -> Invisible:
+    """These characters, looked for where Unicode has any."""
+    by_first: dict[int, list[bytes]] = defaultdict(list)
+    for code in chain(range(0x20000), range(0xE0000, 0xE0080)):
+        if unicodedata.category(chr(code)) == "Cf":
+            data = chr(code).encode()
+            by_first[data[0]].append(data)
+    return Invisible(dict(by_first), frozenset(byte for many in by_first.values() for byte in b"".join(many)))
 
 
 def spellings(word: str) -> Word:

@@ -97,7 +97,7 @@ def test_utf_16_is_refused_as_a_whole(form: str) -> None:
     [
         ("a.json", b'[{"text": "x"}]', "E-FORMAT"),
         ("a.parquet", b"no parquet", "E-FORMAT"),
-        ("a.tsv", b"a\ta\n1\t2\n", "E-FORMAT"),
+        ("a.tsv", b"a\ta\n1\t2\n", "E-CSV"),
         ("a.csv", b"a,a\n1,2\n", "E-CSV"),
         ("b.json", b'{"data": [', "E-JSON"),
         ("c.json", b'{"data": [\xff', "E-UTF8"),

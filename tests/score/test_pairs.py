@@ -1,8 +1,10 @@
 """Minimal pairs: layouts, likelihoods against transformers alone, intervals against SciPy, and the program itself."""
 
+import io
 import json
 import subprocess
 from collections.abc import Callable
+from dataclasses import asdict
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ import scipy.stats
 import torch
 from parts.shell import Shell
 
-from textgen_cli.config import ModelConfig, ScoreConfig, ScoringConfig
-from textgen_cli.errors import InputError, UsageError
+from textgen_cli.config import BatchConfig, ModelConfig, ScoreConfig, ScoringConfig
+from textgen_cli.errors import InputError, ResumeError, UsageError
 from textgen_cli.events import silent
 from textgen_cli.model.load import load
 from textgen_cli.score.pairs import Pair, PairScorer, Preferences, pair_of
 from textgen_cli.score.request import Asked
+from textgen_cli.score.run import run_batch
 from textgen_cli.score.scorers import open_scorer
 from textgen_cli.score.summary import Corpus
 
@@ -159,6 +162,142 @@ def test_what_pairs_do_not_go_with(option: dict[str, Any]) -> None:
 def test_encoder_decoders_are_refused(small_model: Callable[..., Path]) -> None:
     with pytest.raises(UsageError, match="E-FAMILY"):
         compared(small_model("t5"))
+
+
+# --- files as they are published; the texts are made for the test
+
+STEREOSET = {
+    "version": "1.0-dev",
+    "data": {
+        "intersentence": [
+            {
+                "id": "i1", "target": "fox", "bias_type": "animals", "context": "The fox is here.",
+                "sentences": [
+                    {"sentence": "It is quick.", "gold_label": "stereotype", "labels": []},
+                    {"sentence": "It is lazy.", "gold_label": "anti-stereotype", "labels": []},
+                    {"sentence": "Numbers stand.", "gold_label": "unrelated", "labels": []},
+                ],
+            }
+        ],
+        "intrasentence": [
+            {
+                "id": "i2", "target": "dog", "bias_type": "animals", "context": "The dog is BLANK.",
+                "sentences": [
+                    {"sentence": "The dog is small.", "gold_label": "anti-stereotype", "labels": []},
+                    {"sentence": "The dog is lazy.", "gold_label": "stereotype", "labels": []},
+                ],
+            }
+        ],
+    },
+}  # fmt: skip
+PRO = "1 [The model] told the fox that [he] was small.\r\n2 The model told [the fox] about [her] words.\r\n"
+ANTI = "1 [The model] told the fox that [she] was small.\r\n2 The model told [the fox] about [his] words.\r\n"
+WANTED = {
+    "dev.json": [
+        Pair("The fox is here. It is quick.", "The fox is here. It is lazy.", "animals"),
+        Pair("The dog is lazy.", "The dog is small.", "animals"),
+    ],
+    "pro.txt.dev": [
+        Pair(
+            "The model told the fox that he was small.",
+            "The model told the fox that she was small.",
+            "masculine",
+        ),
+        Pair(
+            "The model told the fox about her words.", "The model told the fox about his words.", "feminine"
+        ),
+    ],
+    "plain.txt": [Pair("The fox [sic] jumps", "The dog [sic] jumps"), Pair("a b", "b a")],
+    "two.tsv": [Pair('The "fox" jumps', 'The "dog" jumps'), Pair("a b", "b a")],
+}
+
+
+@pytest.fixture(name="published")
+def _published(tmp_path: Path) -> Path:
+    (tmp_path / "dev.json").write_text(json.dumps(STEREOSET, indent=1))
+    (tmp_path / "pro.txt.dev").write_text(PRO)
+    (tmp_path / "anti.txt.dev").write_text(ANTI)
+    (tmp_path / "plain.txt").write_text("The fox [sic] jumps\n\na b\n")
+    (tmp_path / "other.txt").write_text("The dog [sic] jumps\nb a\n\n")
+    (tmp_path / "two.tsv").write_text('he\tshe\nThe "fox" jumps\tThe "dog" jumps\na b\tb a\n')
+    return tmp_path
+
+
+SECOND = {"pro.txt.dev": "anti.txt.dev", "plain.txt": "other.txt"}
+
+
+def scored(
+    model: Path, folder: Path, name: str, second: str | None = None, **batch: Any
+) -> list[dict[str, Any]]:
+    config = ScoreConfig(
+        ModelConfig(model=str(model), dtype="float32"),
+        ScoringConfig(pairs=True, second=folder / second if second else None),
+        batch=BatchConfig(input=folder / name, **batch),
+    )
+    out = io.BytesIO()
+    run_batch(config, None, out, silent)
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_files_are_read_as_they_are_published(
+    small_model: Callable[..., Path], published: Path, name: str
+) -> None:
+    """The same figures as of records that name their texts `first` and `second`."""
+    model = small_model("llama")
+    found = scored(model, published, name, SECOND.get(name), jsonl=True)
+    lines = [json.dumps({k: v for k, v in asdict(pair).items() if v is not None}) for pair in WANTED[name]]
+    (published / "same.jsonl").write_text("\n".join(lines))
+    same = scored(model, published, "same.jsonl", jsonl=True)
+    figures = ("log_likelihoods", "prefers", "category", "tokens")
+    told = [{name: line.get(name) for name in figures} for line in found]
+    assert told == [{name: line.get(name) for name in figures} for line in same]
+    assert all(line["prefers"] for line in found)
+    if name == "pro.txt.dev":  # a share of a file has the other texts of the same lines
+        assert scored(model, published, name, SECOND[name], jsonl=True, shard="2/2") == found[1:]
+    if name == "dev.json":  # whatever else an example has stays
+        assert [line["id"] for line in found] == ["i1", "i2"] and len(found[0]["sentences"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "fact"),
+    [
+        ("one\n", "has 1 lines with text"),
+        ("1 [The model] told the fox that [she] was small.\n3 It is [his].\n", None),
+        ("1 [The model] told the fox that [she] was small.\nplain\n", None),
+    ],
+)
+def test_two_files_that_do_not_belong_together(
+    small_model: Callable[..., Path], published: Path, data: str, fact: str | None
+) -> None:
+    (published / "anti.txt.dev").write_text(data)
+    if fact is not None:  # nothing is scored
+        with pytest.raises(InputError, match=f"E-PAIRS.*{fact}"):
+            scored(Path("/nonexistent"), published, "pro.txt.dev", "anti.txt.dev", jsonl=True)
+        return
+    first, second = scored(small_model("llama"), published, "pro.txt.dev", "anti.txt.dev", jsonl=True)
+    assert first["prefers"] and second["error"]["code"] == "E-PAIRS"
+
+
+def test_what_a_second_file_needs(published: Path) -> None:
+    with pytest.raises(UsageError, match="--second: needs --pairs"):
+        ScoringConfig(second=Path("x"))
+    scoring = ScoringConfig(pairs=True, second=published / "other.txt")
+    for batch, fact in (
+        (BatchConfig(jsonl=True), "needs the first texts from a file"),
+        (BatchConfig(input=published / "two.tsv", csv=True), "--csv: cannot be used with --second"),
+    ):
+        with pytest.raises(UsageError, match=fact):
+            run_batch(ScoreConfig(scoring=scoring, batch=batch), None, io.BytesIO(), silent)
+
+
+def test_another_second_file_is_another_job(small_model: Callable[..., Path], published: Path) -> None:
+    job = ("plain.txt", "other.txt")
+    model = small_model("llama")
+    scored(model, published, *job, output=published / "out.jsonl", batch_size="1", max_time=1e-6)
+    (published / "other.txt").write_text("The dog jumps\nb a\n")
+    with pytest.raises(ResumeError, match=r"scoring\.second was"):
+        scored(model, published, *job, output=published / "out.jsonl", batch_size="1", resume=True)
 
 
 @pytest.mark.slow

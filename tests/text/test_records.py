@@ -16,6 +16,7 @@ from textgen_cli.errors import InputError
 from textgen_cli.text.records import (
     DEPTH_LIMIT,
     LINE_LIMIT,
+    READERS,
     Record,
     check_unique_ids,
     csv_line,
@@ -190,13 +191,15 @@ def test_the_byte_offset_of_bad_utf8_is_named() -> None:
 @example(b"\0{")
 @example(b'{"a":1}\r')
 def test_any_bytes_are_records_or_an_unusable_input(data: bytes) -> None:
-    for form in ("text", "lines", "jsonl", "csv"):
+    for form in READERS:
         name, got = "", []
         try:
             got = list(read(io.BytesIO(data), form))
         except InputError as error:
             name = error.name
-        assert name in {"", "E-ENCODING", "E-UTF8", "E-EMPTY", "E-CSV"}
+        assert name in {"", "E-ENCODING", "E-UTF8", "E-EMPTY", "E-CSV"} | (
+            {"E-JSON"} if form == "json" else set()
+        )
         assert all((record.error is None) or not record.fields for record in got)
         for record in got:
             line({**record.fields, "error": record.error})
@@ -216,14 +219,14 @@ def test_blank_lines_are_no_records() -> None:
     assert got[1].error["message"].startswith("line 6: ")
 
 
-@pytest.mark.parametrize("form", ["jsonl", "lines", "csv"])
+@pytest.mark.parametrize("form", ["jsonl", "lines", "csv", "tsv"])
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"\xef\xbb\xbf"])
 def test_empty_input_has_no_records(form: str, data: bytes) -> None:
     assert list(read(io.BytesIO(data), form)) == []
 
 
 @pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
-@pytest.mark.parametrize("form", ["text", "lines", "jsonl", "csv"])
+@pytest.mark.parametrize("form", READERS)
 def test_utf16_ends_the_run_at_once(codec: str, form: str) -> None:
     with pytest.raises(InputError) as caught:
         list(read(io.BytesIO(('{"prompt": "a"}\n' * 200).encode(codec)), form))
@@ -375,12 +378,61 @@ def test_memory_does_not_grow_with_the_input() -> None:
     assert peak(20_000) < peak(200) + 100_000
 
 
+# ---- TSV and JSON documents
+
+
+def test_tsv_rows_are_split_at_tabs_alone() -> None:
+    data = b'a\tb c\r\n"x\t y"\n\none\n1\t\n'
+    first, bad, last = read(io.BytesIO(data), "tsv")
+    assert (first.fields, last.fields) == ({"a": '"x', "b c": ' y"'}, {"a": "1", "b c": ""})
+    assert bad.error == {"code": "E-CSV", "message": "line 4: has 1 cells, the header 2"}
+    with pytest.raises(InputError, match="line 1: a column name appears twice"):
+        list(read(io.BytesIO(b"a\ta\n"), "tsv"))
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b'\xef\xbb\xbf[{"a": 1},\n {"a": 2}]\n', [{"a": 1}, {"a": 2}]),
+        (b'{"version": 1, "data": {"x": [{"a": 1}], "y": [{"a": 2}]}}', [{"a": 1}, {"a": 2}]),
+        (b'{"data": [{"a": 1}]}', [{"a": 1}]),
+        (b'{"a": 1}', [{"a": 1}]),
+        (b'{"a": 1}\n{"a": 2}\n', [{"a": 1}, {"a": 2}]),
+    ],
+)
+def test_a_json_document_holds_records(data: bytes, found: list[dict[str, int]]) -> None:
+    assert [record.fields for record in read(io.BytesIO(data), "json")] == found
+
+
+@pytest.mark.parametrize(
+    ("data", "fact"),
+    [
+        (b'[{"a": 1}, 2]', "E-JSON.*holds no list of objects"),
+        (b"[]", "E-JSON.*holds no list of objects"),
+        (b'{"data": {"x": 1}}', "E-JSON.*holds no list of objects"),
+        (b'[{"a": 1},\n}', "E-JSON.*line 2"),
+        (b'[{"a": 1, "a": 2}]', "E-JSON-DUPKEY"),
+        (b"[" * 200 + b"]" * 200, "E-JSON-DEPTH"),
+    ],
+)
+def test_a_json_document_that_is_unusable(data: bytes, fact: str) -> None:
+    with pytest.raises(InputError, match=fact):
+        list(read(io.BytesIO(data), "json"))
+
+
 # ---- small helpers
 
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [("a.jsonl", "jsonl"), ("a.NDJSON", "jsonl"), ("b.csv", "csv"), ("c.txt", "text"), ("jsonl", "text")],
+    [
+        ("a.jsonl", "jsonl"),
+        ("a.NDJSON", "jsonl"),
+        ("b.csv", "csv"),
+        ("b.tsv", "tsv"),
+        ("c.txt", "text"),
+        ("jsonl", "text"),
+    ],
 )
 def test_format_of(name: str, form: str) -> None:
     assert format_of(Path(name)) == form

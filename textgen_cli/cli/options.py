@@ -107,6 +107,11 @@ OPTIONS: dict[str, Opt] = {
     "pairs": Opt(
         ASKED, "Each record is two texts (CrowS-Pairs, StereoSet, BLiMP, two columns): the likelier one."
     ),
+    "second": Opt(
+        ASKED,
+        "The second texts of the pairs, where each line of -i is a first one (WinoBias).",
+        metavar="FILE",
+    ),
     "delimiter": Opt(
         ASKED, "Between context and text; nothing where not given, before a choice one space.", metavar="TEXT"
     ),

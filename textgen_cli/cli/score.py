@@ -89,6 +89,8 @@ def score(config: ScoreConfig, text: TextArgument = None) -> None:
 def _is_batch(config: ScoreConfig) -> bool:
     """Whether records are meant: not so where a file is one text, and nothing asks for its record."""
     batch, fields = config.batch, config.scoring.choices is not None
+    if config.scoring.pairs and batch.input is not None:
+        return True
     if batch.input is not None and is_batch(replace(batch, input=None)) is False and not fields:
         return flow.format_of(batch) != "text"
     return is_batch(batch) or fields

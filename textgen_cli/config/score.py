@@ -22,6 +22,7 @@ class ScoringConfig:
     template: str | None = None  # the context, with {named} fields
     template_file: Path | None = None
     pairs: bool = False  # each record is two texts: which is likelier
+    second: Path | None = None  # the other texts of the pairs, one a line, where the input has the first ones
     delimiter: str | None = None  # between context and text; None: nothing, one space before a choice
     normalization: Normalization = "raw"  # what the pick among choices goes by
     gold: str | None = None  # field with the right answer
@@ -50,19 +51,7 @@ class ScoringConfig:
         given = [n for n in ("choices", "labels") if getattr(self, n) is not None]
         if len(given) > 1:
             raise UsageError("E-CONFLICT", "--labels", "cannot be used with --choices")
-        apart = (
-            "context",
-            "template",
-            "template_file",
-            "choices",
-            "labels",
-            "gold",
-            "tokens",
-            "words",
-            "against",
-        )
-        if self.pairs and (unread := [n for n in apart if getattr(self, n)]):
-            raise UsageError("E-CONFLICT", option_name(unread[0]), "cannot be used with --pairs")
+        self._check_pairs()
         sources = [n for n in ("context", "template", "template_file") if getattr(self, n) is not None]
         if len(sources) > 1:
             raise UsageError("E-CONFLICT", option_name(sources[1]), f"cannot be used with --{sources[0]}")
@@ -78,6 +67,24 @@ class ScoringConfig:
             raise UsageError("E-CONFLICT", "--top", "needs --tokens")
         if self.labels is not None and len(self.label_list()) < 2:
             raise UsageError("E-RANGE", "--labels", "must name two labels at least")
+
+    def _check_pairs(self) -> None:
+        """A pair is all of its record."""
+        apart = (
+            "context",
+            "template",
+            "template_file",
+            "choices",
+            "labels",
+            "gold",
+            "tokens",
+            "words",
+            "against",
+        )
+        if self.pairs and (unread := [n for n in apart if getattr(self, n)]):
+            raise UsageError("E-CONFLICT", option_name(unread[0]), "cannot be used with --pairs")
+        if self.second is not None and not self.pairs:
+            raise UsageError("E-CONFLICT", "--second", "needs --pairs")
 
     def _check_watermark(self) -> None:
         """A watermark is read from the text alone, and no network is asked."""

@@ -116,26 +116,6 @@ def _text(stream: BinaryIO, name: str) -> Iterator[Row]:
         yield Row(f"line {start}", {"text": "".join(held)})
 
 
-def _tsv(stream: BinaryIO, name: str) -> Iterator[Row]:
-    """Rows under a header; cells are split at tabs alone, quotes are characters like others."""
-    header: list[str] | None = None
-    for number, line, fact in _lines(stream, name):
-        place = f"line {number}"
-        cells = (line or "").split("\t")
-        if header is None:
-            if line is None:
-                raise InputError("E-FORMAT", f"{name}: {place}", fact)
-            if len(set(cells)) != len(cells):
-                raise InputError("E-FORMAT", f"{name}: {place}", "a column name appears twice")
-            header = cells
-        elif line is None:
-            yield Row(place, {}, fact)
-        elif len(cells) != len(header):
-            yield Row(place, {}, f"has {len(cells)} cells, the header {len(header)}")
-        else:
-            yield Row(place, dict(zip(header, cells, strict=True)))
-
-
 def _conll(stream: BinaryIO, name: str) -> Iterator[Row]:
     """A sentence a row: the first column is a word, the last its tag; an empty line ends a sentence.
 
@@ -233,7 +213,7 @@ FORMS: dict[str, Callable[[BinaryIO, str], Iterator[Row]]] = {
     "lines": _from_records("lines"),
     "jsonl": _from_records("jsonl"),
     "csv": _from_records("csv"),
-    "tsv": _tsv,
+    "tsv": _from_records("tsv"),
     "conll": _conll,
     "squad": _squad,
 }

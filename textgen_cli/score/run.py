@@ -10,6 +10,7 @@ from textgen_cli.config import ScoreConfig
 from textgen_cli.errors import TextgenError, UsageError
 from textgen_cli.events import Report
 from textgen_cli.model.fingerprint import given, of_model, of_program, of_weights
+from textgen_cli.score import pairfiles
 from textgen_cli.score.asked import Questioner
 from textgen_cli.score.request import Asked, Figures, Scorer
 from textgen_cli.score.scorers import open_scorer
@@ -44,9 +45,11 @@ def run_batch(
     `encode`: a result's fields as bytes for `stdout`; None: JSONL. Returns how the batch ended and the figures of the
     corpus. Raises what `flow.run` and `model.load` raise.
     """
-    batching, scoring = config.batch, config.scoring
+    batching, scoring, form = config.batch, config.scoring, pairfiles.form_of(config)
     given_record = None if text is None else {scoring.text_field: text}
-    plain = given_record is not None or flow.format_of(batching) in ("text", "lines")
+    plain = given_record is not None or form in ("text", "lines")
+    if scoring.second is not None:
+        pairfiles.check_lengths(batching, scoring.second)
     questioner = Questioner(scoring, plain=plain)
     corpus = Corpus(scoring)
 
@@ -63,11 +66,14 @@ def run_batch(
         ) -> Iterator[tuple[int, Result]]:
             return _window(questioner, scorer, members, finished)
 
+        if scoring.second is not None:
+            found = pairfiles.joined(found, scoring.text_field, scoring.second)
         return flow.results(found, done, flow.window(batching), opening, window)
 
     wing = flow.Wing(
         stage="score",
         field=scoring.text_field,
+        form=form,
         fingerprint=lambda form, record, source: _fingerprint(config, form, record, source, report),
         compute=compute,
         encode=encode,
@@ -108,7 +114,7 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """All that the output's bytes depend on."""
     found = of_program() | of_model(config.model, report)
-    found["scoring"] = given(config.scoring, files=("template_file",))
+    found["scoring"] = given(config.scoring, files=("template_file", "second"))
     found["explaining"] = given(config.explaining)
     if config.scoring.against is not None:
         found["scoring"]["against"] = of_weights(config.model, config.scoring.against, report)

@@ -41,6 +41,7 @@ class Wing:
     # Results that become ready together, in input order, behind the first `done` records.
     compute: Callable[[Iterator[Record], int, Pinned, "Meter"], Iterator[list[Result]]]
     encode: Callable[[dict[str, Any]], bytes] | None = None  # None: JSONL
+    form: str | None = None  # of the input, a key of `records.READERS`; None: what `format_of` says
     seen: Callable[[dict[str, Any]], None] | None = (
         None  # told every output line, of a job's earlier lives too
     )
@@ -61,7 +62,7 @@ def run(
     file) and what the wing raises.
     """
     limit = batch.parse_limit(batching.max_failures) if batching.max_failures else None
-    form = format_of(batching)
+    form = wing.form or format_of(batching)
     with ExitStack() as stack:
         source = None if given is not None else stack.enter_context(_source(batching, report))
         if batching.unique_ids:

@@ -19,6 +19,7 @@ from textgen_cli.errors import InputError
 from textgen_cli.events import Notice, Report
 
 LINE_LIMIT = 16 << 20  # bytes of one record
+DOCUMENT_LIMIT = 64 << 20  # bytes of a JSON document, which is read whole
 SKIP_LIMIT = 1 << 30  # bytes of one line after which the input is no text at all
 DEPTH_LIMIT = 128  # arrays and objects inside one another
 DIGIT_LIMIT = 1000  # digits of an integer
@@ -54,8 +55,9 @@ Parsed = tuple[int, int, dict[str, Any] | _Bad]  # first line's number from 1, b
 
 
 def format_of(path: Path) -> str:
-    """The format a file's name tells, a key of READERS: jsonl, csv, or text."""
-    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}.get(path.suffix.lower(), "text")
+    """The format a file's name tells, a key of READERS: jsonl, csv, tsv, or text."""
+    known = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv"}
+    return known.get(path.suffix.lower(), "text")
 
 
 def read(
@@ -360,11 +362,68 @@ def _csv_fields(header: list[str], row: list[str] | _Bad) -> dict[str, Any] | _B
     return dict(zip(header, [*row, *missing], strict=True))
 
 
+def _read_tsv(stream: BinaryIO, name: str, field: str) -> Iterator[Parsed]:
+    """Rows under a header row; cells are split at tabs alone, quotes are characters like others."""
+    header: list[str] | None = None
+    for number, size, got in _read_lines(stream, name, field):
+        if header is not None:
+            yield number, size, got if isinstance(got, _Bad) else _tsv_fields(header, got[field].split("\t"))
+            continue
+        if isinstance(got, _Bad):
+            raise got.at(f"{name}: line {number}")
+        header = got[field].split("\t")
+        if len(set(header)) != len(header):
+            raise InputError("E-CSV", f"{name}: line {number}", "a column name appears twice")
+
+
+def _tsv_fields(header: list[str], cells: list[str]) -> dict[str, Any] | _Bad:
+    if len(cells) != len(header):
+        return _Bad("E-CSV", f"has {len(cells)} cells, the header {len(header)}")
+    return dict(zip(header, cells, strict=True))
+
+
+def _read_json(stream: BinaryIO, name: str, field: str) -> Iterator[Parsed]:
+    """The objects of a JSON document: of its list, or of the lists in its `data`; objects a line are read too."""
+    data = stream.read(DOCUMENT_LIMIT + 1)
+    if len(data) > DOCUMENT_LIMIT:
+        fact = f"has more than {DOCUMENT_LIMIT >> 20} MiB"
+        raise InputError("E-JSON", name, fact, hint="write it as JSONL, an object a line")
+    _check_encoding(data, name)
+    data = data.removeprefix(BOM)
+    try:
+        _check_depth(data)
+        found = _objects(_DECODER.decode(_decode(data)))
+        if SURROGATE.search(data):
+            _check_surrogates({"": found})
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            yield from _read_jsonl(io.BytesIO(data), name, field)
+            return
+        raise InputError("E-JSON", name, f"{error.msg} (line {error.lineno})") from None
+    except _Bad as bad:
+        raise bad.at(name) from None
+    for number, one in enumerate(found, 1):
+        yield number, len(data) // len(found), one
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    inner = value.get("data") if isinstance(value, dict) else value
+    lists = list(inner.values()) if isinstance(inner, dict) else [inner]
+    if isinstance(value, dict) and "data" not in value:
+        lists = [[value]]
+    found = [one for part in lists for one in (part if isinstance(part, list) else [None])]
+    if not found or not all(isinstance(one, dict) for one in found):
+        raise _Bad("E-JSON", "holds no list of objects, by itself or as `data`")
+    return found
+
+
 READERS: dict[str, Callable[[BinaryIO, str, str], Iterator[Parsed]]] = {
     "text": _read_text,
     "lines": _read_lines,
     "jsonl": _read_jsonl,
     "csv": _read_csv,
+    "tsv": _read_tsv,
+    "json": _read_json,
 }
 
 

@@ -24,9 +24,10 @@ from textgen_cli.config import (
 )
 from textgen_cli.errors import ModelError, ResumeError, SafetyError, TextgenError, UsageError
 from textgen_cli.events import silent
-from textgen_cli.generate.classified import Classifier, open_classifier
+from textgen_cli.generate.classified import Classifier, classifier
 from textgen_cli.generate.guarded import GuardedEngine
 from textgen_cli.generate.run import run, run_batch
+from textgen_cli.model.load import load
 from textgen_cli.text.safety import Label, Rules, read_rules
 from textgen_cli.text.segments import sentences
 
@@ -39,6 +40,10 @@ def settings(folder: Path | str, labels: str = "glad", threshold: float = 0.5, *
         safety_model=str(folder), safety_labels=labels, safety_threshold=threshold, **more
     )
     return GenerateConfig(model=ModelConfig(device="cpu"), guarding=guarding)
+
+
+def opened(config: GenerateConfig) -> Classifier:
+    return classifier(load(config.judge(), "score", silent), config.guarding, silent)
 
 
 def shares_of(folder: Path) -> Shares:
@@ -56,10 +61,10 @@ def test_verdicts_are_those_of_the_pipeline(small_model: SmallModel, name: str) 
     folder = small_model(name)
     labels = ["grade"] if name == "bert-grade" else list(MOODS.values())
     shares = shares_of(folder)
-    classifier = open_classifier(settings(folder, ",".join(labels), 0.3), silent)
+    judge = opened(settings(folder, ",".join(labels), 0.3))
     unsafe = 0
     for text in [*TEXT, *(word for line in TEXT for word in line.split()[:6])]:
-        found, theirs = classifier.judge(text), shares(text)
+        found, theirs = judge.judge(text), shares(text)
         assert found.probabilities == pytest.approx(theirs, abs=1e-5)
         told = [match.rule for match in found.matches]
         over = [label for label, share in theirs.items() if share >= 0.3]
@@ -82,7 +87,7 @@ def test_a_text_longer_than_the_model_takes_is_as_unsafe_as_its_worst_window(sma
     rows = [*windows[:-1], [tokenizer.cls_token_id, *last, tokenizer.sep_token_id]]
     with torch.inference_mode():
         shares = [net(input_ids=torch.tensor([row])).logits.softmax(-1)[0] for row in rows]
-    found = open_classifier(settings(folder, "sad,glad,neither"), silent).judge(text).probabilities
+    found = opened(settings(folder, "sad,glad,neither")).judge(text).probabilities
     assert list(found.values()) == pytest.approx(torch.stack(shares).amax(0).tolist(), abs=1e-5)
 
 
@@ -105,10 +110,10 @@ def _some(small_model: SmallModel) -> Some:
 
 def guarded(some: Some, action: Any, texts: dict[str, list[str]], **more: Any) -> Any:
     folder, safe, other, unsafe, threshold = some
-    classifier = open_classifier(settings(folder, "glad", threshold, on_unsafe=action), silent)
-    assert classifier.judge(unsafe).matches
-    assert not (classifier.judge(safe).matches or classifier.judge(other).matches)
-    return GuardedEngine(Pieces(texts), Rules(), action, silent, classifier, **more)
+    judge = opened(settings(folder, "glad", threshold, on_unsafe=action))
+    assert judge.judge(unsafe).matches
+    assert not (judge.judge(safe).matches or judge.judge(other).matches)
+    return GuardedEngine(Pieces(texts), Rules(), action, silent, judge, **more)
 
 
 @pytest.mark.parametrize("action", ["flag", "redact", "drop", "retry"])
@@ -163,11 +168,11 @@ def test_redact_hides_the_sentences_that_are_unsafe_and_gives_out_nothing_before
 
 def test_a_text_is_judged_behind_its_prompt_too(some: Some) -> None:
     folder, safe, *_ = some
-    classifier = open_classifier(settings(folder, "glad"), silent)
+    judge = opened(settings(folder, "glad"))
     text = " and some more"
-    both = classifier.judge(safe + text).probabilities["glad"]
-    alone = classifier.judge(text).probabilities["glad"]
-    assert classifier.judge(text, safe).probabilities["glad"] == max(alone, both) != min(alone, both)
+    both = judge.judge(safe + text).probabilities["glad"]
+    alone = judge.judge(text).probabilities["glad"]
+    assert judge.judge(text, safe).probabilities["glad"] == max(alone, both) != min(alone, both)
 
 
 @pytest.mark.parametrize("action", ["flag", "redact", "drop"])

@@ -6,12 +6,12 @@ Owns what is judged at once, and which stretch of a text a verdict means. What b
 from collections.abc import Sequence
 from functools import lru_cache
 
-from textgen_cli.config import GenerateConfig
+from textgen_cli.config import SafetyConfig
 from textgen_cli.errors import TextgenError, UsageError
 from textgen_cli.events import Report
 from textgen_cli.model.classifier import is_regression, label_names, probabilities, views
 from textgen_cli.model.heads import judged
-from textgen_cli.model.load import Model, load
+from textgen_cli.model.loaded import Model
 from textgen_cli.text.safety import Judged, Label, Match
 from textgen_cli.text.segments import Span, sentences
 
@@ -22,23 +22,19 @@ _KEPT = (
 Verdict = dict[str, float]  # the probability of each label asked for
 
 
-def open_classifier(config: GenerateConfig, report: Report) -> "Classifier":
-    """The classifier that the command line names, loaded.
-
-    Raises UsageError for a model that is none or lacks a label, and what `model.load` raises.
-    """
-    model = load(config.judge(), "score", report)
+def classifier(model: Model, asked: SafetyConfig, report: Report) -> "Classifier":
+    """The loaded model as the judge that is asked for; UsageError for one that is no classifier or lacks a label."""
     option, name = "--safety-model", model.name
     if model.family != "sequence-classification":
         raise UsageError("E-FAMILY", option, f"{name} is a {model.family} model, no sequence classifier")
     if is_regression(model):
         raise UsageError("E-FAMILY", option, f"{name} gives a value on a scale, no probabilities of labels")
-    known, labels = label_names(model), config.guarding.label_list()
+    known, labels = label_names(model), asked.label_list()
     for label in labels:
         if label not in known:
             hint = f"its labels: {', '.join(known)}"
             raise UsageError("E-LABEL", f"--safety-labels {label}", f"is no label of {name}", hint=hint)
-    return Classifier(model, labels, config.guarding.safety_threshold, report)
+    return Classifier(model, labels, asked.safety_threshold, report)
 
 
 class Classifier:

@@ -26,15 +26,18 @@ def rules(config: GenerateConfig) -> "Rules | None":
 
 
 def opened(config: GenerateConfig, report: Report) -> "Judges | None":
-    """By what texts are judged, where they are; raises what `open_classifier` raises."""
+    """By what texts are judged, where they are; raises what `model.load` and `classifier` raise."""
     lists = rules(config)
     if not config.guarding.judges or config.prompting.show_prompt:
         return None
     if config.guarding.safety_model is None:
         return lists, None
-    from textgen_cli.generate.classified import open_classifier
+    from textgen_cli.model.lean import load
 
-    return lists, open_classifier(config, report)
+    model = load(config.judge(), "score", report)
+    from textgen_cli.generate.classified import classifier  # behind it, since it brings the library's code in
+
+    return lists, classifier(model, config.guarding, report)
 
 
 def guarded(

@@ -412,9 +412,10 @@ def _objects(value: Any) -> list[dict[str, Any]]:
     if isinstance(value, dict) and "data" not in value:
         lists = [[value]]
     found = [one for part in lists for one in (part if isinstance(part, list) else [None])]
-    if not found or not all(isinstance(one, dict) for one in found):
+    objects = [one for one in found if isinstance(one, dict)]
+    if not objects or len(objects) < len(found):
         raise _Bad("E-JSON", "holds no list of objects, by itself or as `data`")
-    return found
+    return objects
 
 
 READERS: dict[str, Callable[[BinaryIO, str, str], Iterator[Parsed]]] = {

@@ -1,7 +1,8 @@
 """How surely a watermark is found in texts of the default model, and how seldom in texts without one.
 
 Texts of 200 tokens are written with and without a key; each is read again, whole and with a fifth of its
-words replaced by words of other texts. False positives are counted over paragraphs of real prose.
+words replaced by words of other texts. False positives are counted over paragraphs of real prose, at the p of a verdict
+and, since these are few, at one in a hundred too. On two cores some 10 minutes, with --quick 3.
 """
 
 import json
@@ -25,7 +26,7 @@ TOPICS = ("a river", "old houses", "bread", "the moon", "a long journey", "bees"
 
 def run(quick: bool) -> Iterator[list[Ratio]]:
     """One line a kind of text, and two shares: watermarked texts that are missed, and others that are not."""
-    count, humans = (8, 200) if quick else (24, 2000)
+    count, humans = (8, 1000) if quick else (96, 2000)
     with tempfile.TemporaryDirectory() as scratch:
         paragraphs = [text for text in prose(Path(scratch), 20_000) if len(text) > 80][:humans]
     words = " ".join(paragraphs).split()
@@ -43,9 +44,11 @@ def run(quick: bool) -> Iterator[list[Ratio]]:
         hits = sum(line["watermarked"] for line in found)
         shares[name] = hits / len(found)
         middle = {field: median(line[field] for line in found) for field in ("z", "green_fraction", "tokens")}
+        chance = sum(line["p_value"] < 0.01 for line in found)
         print(
-            f"{name}: {hits} of {len(found)}; median z {middle['z']:.1f}, green {middle['green_fraction']:.2f}, "
-            f"{middle['tokens']:.0f} pairs; lowest p {min(line['p_value'] for line in found):.1g}",
+            f"{name}: {hits} of {len(found)}, p under 0.01: {chance}; median z {middle['z']:.1f}, "
+            f"green {middle['green_fraction']:.2f}, {middle['tokens']:.0f} pairs; "
+            f"lowest p {min(line['p_value'] for line in found):.1g}",
             flush=True,
         )
     missed, false = 1 - shares["watermarked"], shares["real prose"]

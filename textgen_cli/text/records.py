@@ -6,7 +6,6 @@ grow with the input. Knows nothing of models, prompts, templates or output files
 """
 
 import csv
-import io
 import json
 import math
 import re

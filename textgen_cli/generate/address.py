@@ -53,7 +53,7 @@ def is_loopback(host: str) -> bool:
 
 
 def read_key(base: httpx2.URL, loopback: bool) -> str | None:
-    """The key in the environment, if any; UsageError, and SafetyError E-INSECURE-KEY where it would be seen on its way."""
+    """The key in the environment, if any; SafetyError E-INSECURE-KEY where others would see it on its way."""
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not key:
         return None

@@ -82,11 +82,12 @@ def tiny_llama(seed: int = 0, **more: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokens()[0]), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
-        rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=2, **more,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokens()[0]), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+        "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+    }  # fmt: skip
+    config = LlamaConfig(**{**settings, **more})
     return LlamaForCausalLM(config).eval()
 
 

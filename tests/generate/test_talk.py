@@ -91,7 +91,7 @@ def test_a_stopped_answer_is_gone_on_from(model: Model, computed: list[int]) -> 
     text(conversation.ask("a first question, of some length"))
     chunks = conversation.ask("a second one")
     first = next(chunks).text
-    chunks.close()  # type: ignore[attr-defined]
+    chunks.close()
     assert conversation.messages[-1] == {"role": "assistant", "content": first}
     computed.clear()
     asked = [*conversation.messages, {"role": "user", "content": "a third"}]
@@ -124,7 +124,7 @@ def test_what_does_not_come_about_leaves_no_trace(model: Model) -> None:
     text(conversation.ask("hello"))
     before = list(conversation.messages)
     chunks = conversation.ask("never looked at")
-    chunks.close()  # type: ignore[attr-defined]
+    chunks.close()
     with pytest.raises(TextgenError):
         text(conversation.ask("word " * 300))
     for name, value in (("temperature", "-1"), ("set", "no_such_field=1"), ("bad_words", "/nonexistent")):
@@ -133,7 +133,7 @@ def test_what_does_not_come_about_leaves_no_trace(model: Model) -> None:
     assert conversation.messages == before
     assert conversation.decoding == DecodingConfig(max_new_tokens=8, greedy=True)
     chunks = conversation.retry()
-    chunks.close()  # type: ignore[attr-defined]
+    chunks.close()
     assert conversation.messages == before
 
 

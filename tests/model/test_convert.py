@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -147,7 +148,6 @@ def test_nothing_is_said_and_nothing_beside_it_takes_part(exact: Path, tmp_path:
     ("change", "name", "words"),
     [
         ({"drop": "blk.1.ffn_up.weight"}, "E-WEIGHTS", "1 missing keys: model.layers.1.mlp.up_proj.weight"),
-        ({"extra": "rope_freqs.weight"}, "E-WEIGHTS", "weights, llama takes"),
         ({"extra": "blk.7.attn_norm.weight"}, "E-WEIGHTS", "weights, llama takes"),
     ],
 )
@@ -159,6 +159,71 @@ def test_weights_that_do_not_fit(
         gguf_to_safetensors(tmp_path / "x.gguf", tmp_path, report=silent)
     assert (caught.value.name, caught.value.exit_code) == (name, 5)
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+
+
+# theta, factor, low, high, length: the second is that of Llama 3.1, the third that of Llama 3.2.
+STRETCHED = [
+    (10_000.0, 8.0, 1.0, 4.0, 64),
+    (500_000.0, 8.0, 1.0, 4.0, 8192),
+    (500_000.0, 32.0, 1.0, 4.0, 8192),
+    (100_000.0, 2.5, 1.0, 6.0, 300),
+    (10_000.0, 16.0, 1.5, 7.5, 90),
+]
+
+
+@pytest.mark.parametrize("numbers", STRETCHED, ids=str)
+def test_a_stretched_context(tmp_path: Path, numbers: tuple[float, float, float, float, int]) -> None:
+    """rope_freqs holds divisors; what comes out computes as the model did whose config had the four numbers."""
+    theta, factor, low, high, length = numbers
+    scaling: dict[str, Any] = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    scaling |= {"rope_type": "llama3", "rope_theta": theta, "original_max_position_embeddings": length}
+    model = gguf_files.tiny_llama(
+        rope_parameters=scaling, hidden_size=128, max_position_embeddings=16 * length
+    )
+    rope_freqs = gguf_files.divisors(model.config.head_dim, theta, factor, low, high, length)
+    gguf_files.write_llama(tmp_path / "x.gguf", model, rope_freqs=rope_freqs)
+    (tmp_path / "out").mkdir()
+    gguf_to_safetensors(tmp_path / "x.gguf", tmp_path / "out", report=silent)
+    found: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(
+        found.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq, rtol=2e-5, atol=0
+    )
+    torch.testing.assert_close(logits(found, 100), logits(model, 100), rtol=1e-4, atol=1e-5)
+    plain = gguf_files.tiny_llama(hidden_size=128, max_position_embeddings=16 * length)
+    assert not torch.allclose(logits(found, 100), logits(plain, 100), rtol=1e-4, atol=1e-5)
+    if (low, high) == (1.0, 4.0):
+        assert {**found.config.rope_parameters, **scaling} == found.config.rope_parameters
+        assert torch.equal(logits(found, 100), logits(model, 100))
+
+
+def test_a_context_that_is_not_stretched(llama: Any, tmp_path: Path) -> None:
+    ones = gguf_files.divisors(llama.config.head_dim, 10_000.0, 1.0, 1.0, 4.0, 128)
+    gguf_files.write_llama(tmp_path / "x.gguf", llama, rope_freqs=ones)
+    (tmp_path / "out").mkdir()
+    gguf_to_safetensors(tmp_path / "x.gguf", tmp_path / "out", report=silent)
+    assert torch.equal(
+        logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(llama)
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [[1.0, 3.0, 2.0, 9.0, 1.0, 2.0, 2.0, 2.0], [1.0] * 7 + [0.5], [1.0] * 7 + [float("nan")], [1.0] * 9],
+    ids=str,
+)
+def test_divisors_that_no_scaling_gives(llama: Any, tmp_path: Path, wrong: list[float]) -> None:
+    gguf_files.write_llama(tmp_path / "x.gguf", llama, rope_freqs=np.array(wrong, dtype=np.float32))
+    with pytest.raises(ModelError, match=r"rope_freqs\.weight is no scaling") as caught:
+        gguf_to_safetensors(tmp_path / "x.gguf", tmp_path, report=silent)
+    assert (caught.value.name, [path.name for path in tmp_path.iterdir()]) == ("E-GGUF", ["x.gguf"])
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_positions_scaled_otherwise(llama: Any, tmp_path: Path, kind: str) -> None:
+    """transformers would leave it out in silence."""
+    gguf_files.write_llama(tmp_path / "x.gguf", llama, scaling=kind)
+    with pytest.raises(ModelError, match=f"scales positions by '{kind}'"):
+        gguf_to_safetensors(tmp_path / "x.gguf", tmp_path, report=silent)
 
 
 @pytest.mark.parametrize("architecture", ["clip", "unheard-of"])

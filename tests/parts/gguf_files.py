@@ -76,18 +76,36 @@ def tokens() -> tuple[list[str], list[str]]:
     return vocabulary + [f"<unused{n}>" for n in range(-len(vocabulary) % 32)], merges
 
 
-def tiny_llama(seed: int = 0) -> Any:
+def tiny_llama(seed: int = 0, **more: Any) -> Any:
     """A random two-layer transformers Llama that fits `tokens`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokens()[0]), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
-        rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokens()[0]), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+        "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+    }  # fmt: skip
+    config = LlamaConfig(**{**settings, **more})
     return LlamaForCausalLM(config).eval()
+
+
+def divisors(head_dim: int, theta: float, factor: float, low: float, high: float, length: int) -> Any:
+    """What each rotary frequency is divided by, as the Llama 3.1 paper's code has it, and so GGUF's writers."""
+    import numpy as np
+
+    found = []
+    for place in range(0, head_dim, 2):
+        wave = 2 * np.pi * theta ** (place / head_dim)
+        if wave < length / high:
+            found.append(1.0)
+        elif wave > length / low:
+            found.append(factor)
+        else:
+            smooth = (length / wave - low) / (high - low)
+            found.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(found, dtype=np.float32)
 
 
 def write_llama(
@@ -98,6 +116,8 @@ def write_llama(
     drop: str = "",
     extra: str = "",
     eot: int | None = None,
+    rope_freqs: Any = None,
+    scaling: str = "",
 ) -> None:
     """Write a Llama with gguf's own writer, matrices in Q8_0 where `quantised`, without the tensor `drop`."""
     import gguf
@@ -112,7 +132,9 @@ def write_llama(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if scaling:
+        writer.add_string("llama.rope.scaling.type", scaling)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     _write_tokenizer(writer, eot)
@@ -124,6 +146,8 @@ def write_llama(
             writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, weight)
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", rope_freqs)
     if extra:
         writer.add_tensor(extra, _tensors(model)["output_norm.weight"])
     writer.write_header_to_file()

@@ -19,7 +19,6 @@ from textgen_cli.text.records import (
     READERS,
     Record,
     check_unique_ids,
-    csv_line,
     format_of,
     line,
     read,
@@ -84,21 +83,6 @@ def test_csv_comes_back_as_python_reads_it(rows: list[list[str]]) -> None:
     expected = list(csv.DictReader(io.StringIO(text.getvalue(), newline="")))
     got = list(read(io.BytesIO(text.getvalue().encode()), "csv"))
     assert [record.fields for record in got] == expected
-
-
-@given(st.lists(st.lists(TEXT, min_size=2, max_size=2), max_size=5))
-def test_a_csv_line_is_one_row_and_no_formula(rows: list[list[str]]) -> None:
-    data = b"".join(csv_line(row) for row in rows).decode()
-    got = list(csv.reader(io.StringIO(data, newline="")))
-    formula = ("=", "+", "-", "@", "\t", "\r")
-    assert got == [[f"'{cell}" if cell.startswith(formula) else cell for cell in row] for row in rows]
-    assert not any(cell.startswith(formula) for row in got for cell in row)
-
-
-def test_csv_cells_that_are_not_text() -> None:
-    cells = [None, -1.5, True, {"a": [1]}, "=HYPERLINK(1)", "x,\r\ny", 'say "é"']
-    expected = ',-1.5,true,"{""a"": [1]}",\'=HYPERLINK(1),"x,\r\ny","say ""é"""\n'
-    assert csv_line(cells).decode() == expected
 
 
 # ---- lines, rows F37 to F51

@@ -3,9 +3,10 @@
 It owns the terminal while the conversation lasts; what an answer is stands in generate/talk.py.
 """
 
+import io
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def converse(conversation: Conversation, report: Reporter) -> None:
     _edit_lines()
     screen = Console()
     # A terminal in an unknown locale may send any bytes.
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]  # a terminal's is a text file
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     screen.print("/help shows what can be said besides; Ctrl-D leaves.", style="dim", highlight=False)
     with signals.interruptible():
         while _turn(conversation, screen):
@@ -105,9 +107,9 @@ def _obey(conversation: Conversation, screen: Console, said: str) -> None:
     COMMANDS[command](conversation, screen, rest[0].strip() if rest else "")
 
 
-def _show(screen: Console, chunks: Iterator[Chunk], conversation: Conversation) -> None:
+def _show(screen: Console, chunks: Generator[Chunk], conversation: Conversation) -> None:
     """Show an answer; Ctrl-C ends the answer, not the conversation."""
-    with closing(chunks) as open_chunks:  # type: ignore[type-var]  # a generator
+    with closing(chunks) as open_chunks:
         show = _show_plainly if screen.is_dumb_terminal else _show_live
         if not show(screen, open_chunks):
             screen.print("(stopped)", style="dim", highlight=False)

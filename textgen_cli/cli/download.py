@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from textgen_cli.cli.console import Output, Reporter, reporter, require_stdout, tell_error
-from textgen_cli.cli.options import catalogue, command
+from textgen_cli.cli.flags.opt import catalogue
+from textgen_cli.cli.options import command
 from textgen_cli.config import DownloadConfig, option_name
 from textgen_cli.config.download import MODES
 from textgen_cli.errors import TextgenError, UsageError

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from textgen_cli.errors import ModelError
-from textgen_cli.model.tokenizer import Tokenizer, _Marks
+from textgen_cli.model.tokenizer import Marks, Tokenizer
 
 
 def turns(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[list[int], bool]]:
@@ -20,7 +20,7 @@ def turns(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> Iterat
     if not tokenizer.has_template:
         yield from _plain_turns(tokenizer, messages)
         return
-    marks = _Marks(tokenizer.specials, messages)  # type: ignore[arg-type]
+    marks = Marks(tokenizer.specials, messages)
     hidden = marks.hide([dict(message) for message in messages])
     done = ""
     for number, message in enumerate(messages):
@@ -61,7 +61,7 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], *, answe
     return str(tokenizer.backend.apply_chat_template(list(messages), tokenize=False))
 
 
-def _ids(tokenizer: Tokenizer, marks: _Marks, text: str) -> list[int]:
+def _ids(tokenizer: Tokenizer, marks: Marks, text: str) -> list[int]:
     ids: list[int] = []
     for piece, literal in marks.split(text):
         if literal:

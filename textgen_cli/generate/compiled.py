@@ -42,6 +42,7 @@ _NEUTRAL = {
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
 }
+_SAMPLED = {"do_sample", "temperature", "top_k", "top_p", "min_p"}
 _NEUTRAL |= {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
 
@@ -56,18 +57,22 @@ class Settings:
     min_p: float | None = None
     num_beams: None = None
     prompt_lookup_num_tokens: None = None
+    assistant_early_exit: None = None
     repetition_penalty: None = None
     no_repeat_ngram_size: None = None
+    encoder_repetition_penalty: None = None
+    encoder_no_repeat_ngram_size: None = None
     sequence_bias: None = None
+    watermarking_config: None = None
 
 
 def settings_of(**fields: Any) -> Settings:
     """Settings for this loop; ValueError names one that it does not obey."""
     plain = {name: value for name, value in fields.items() if name not in _IDLE and value is not None}
     for name, value in plain.items():
-        if name not in Settings.__dataclass_fields__ and value != _NEUTRAL.get(name, plain):
+        if name not in _SAMPLED and value != _NEUTRAL.get(name, plain):
             raise ValueError(f"the compiled engine does not obey {name}")
-    return Settings(**{name: value for name, value in plain.items() if name not in _NEUTRAL or value is None})
+    return Settings(**{name: value for name, value in plain.items() if name in _SAMPLED})
 
 
 def unfit(config: GenerateConfig) -> str | None:

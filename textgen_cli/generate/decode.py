@@ -5,6 +5,7 @@ the loop is ours so that tokens are yielded, each row draws from its own stream,
 the batch. Knows no text.
 """
 
+import copy
 import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -43,10 +44,12 @@ def steps(
     if cache is None and not plan.counts_padding:
         length, cache = prefix.shared(net, prompts)
     ids, mask = padded(prompts, plan.pad, left=not net.config.is_encoder_decoder, shared=length)
-    settings = plan.settings
+    settings = copy.copy(plan.settings)
     settings.max_new_tokens = max(row.room for row in rows)
+    settings.forced_eos_token_id, ending = None, settings.forced_eos_token_id
     # A grammar comes last: where it allows nothing but what is banned, it wins.
     own: list[library.LogitsProcessor] = [one for one in (plan.marker, plan.banned) if one is not None]
+    own += [_Ending(rows, ending)] if ending else []
     own += [_Constraint(rows, constrainer)] if constrainer else []
     inputs = {CACHE: cache} if cache is not None else {}
     found: Iterator[Step] = net.generate(
@@ -76,6 +79,20 @@ def padded(
             ids[number, where] = torch.tensor(part, dtype=torch.long)
             mask[number, where] = 1
     return ids, mask
+
+
+class _Ending(library.LogitsProcessor):
+    """The tokens that each row ends with; the library would look at the batch's longest row alone."""
+
+    def __init__(self, rows: list[Row], ids: list[int] | int) -> None:
+        self._rows, self._ids = rows, ids
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for number, row in enumerate(self._rows):
+            if len(row.tokens) == row.room - 1:
+                scores[number] = -torch.inf
+                scores[number, self._ids] = 0.0
+        return scores
 
 
 class _Constraint(library.LogitsProcessor):

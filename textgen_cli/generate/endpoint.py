@@ -1,18 +1,14 @@
-"""One OpenAI-compatible server: its address and key, one call to it, and when a call is tried again.
+"""One OpenAI-compatible server: one call to it, and when a call is tried again.
 
 A call that fails is tried again unless a part of its text has been handed on: text that was shown cannot
 be taken back, so the record then ends with an error.
-The key comes from TEXTGEN_API_KEY, goes to the endpoint's own host, never over plain http except on the
-loopback, and never into a message. No redirect is followed. Knows no order among calls.
+The key goes to the endpoint's own host and never into a message. No redirect is followed. Knows no order among calls.
 """
 
 import asyncio
-import ipaddress
 import itertools
 import json
-import os
 import random
-import re
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -23,8 +19,9 @@ from typing import Any, TypeVar
 import httpx2
 
 from textgen_cli import __version__
-from textgen_cli.errors import NetworkError, SafetyError, TextgenError, UsageError
+from textgen_cli.errors import NetworkError, TextgenError, UsageError
 from textgen_cli.events import Notice
+from textgen_cli.generate.address import base_url, is_loopback, read_key, unreachable
 from textgen_cli.generate.openai_api import (
     EXTENSIONS,
     Answer,
@@ -42,7 +39,6 @@ from textgen_cli.generate.refusal import CallFailed, quoted, refusal, retry_afte
 from textgen_cli.generate.request import Chunk, Completion, Request
 from textgen_cli.text.stops import StopFinder
 
-KEY_VARIABLE = "TEXTGEN_API_KEY"
 ERROR_BYTES = 64 * 2**10  # read of a refusal; the rest is left unread
 LONGEST_BACKOFF = 30.0  # seconds
 
@@ -73,8 +69,8 @@ class Endpoint:
         self._base = base_url(address)
         self.subject = str(self._base)
         self._limits = limits
-        self._loopback = _is_loopback(self._base.host)
-        self._key = _read_key(self._base, self._loopback)
+        self._loopback = is_loopback(self._base.host)
+        self._key = read_key(self._base, self._loopback)
         self._refused: set[str] = set()  # fields that are ours, not the user's, and unknown to this server
 
     def client(self, connections: int) -> httpx2.AsyncClient:
@@ -301,7 +297,7 @@ class Endpoint:
             fact = "has stopped answering"
             raise CallFailed("E-ENDPOINT-STALLED", self.subject, fact, retry=True) from None
         except httpx2.RequestError as error:
-            raise self._network_error(error) from None
+            raise unreachable(error, self._limits.connect, self.subject, self._key) from None
 
     async def _refusal(self, response: httpx2.Response, body: dict[str, Any]) -> TextgenError:
         status = response.status_code
@@ -344,71 +340,6 @@ class Endpoint:
             if len(data) > self._limits.answer_bytes:
                 raise CallFailed("E-ENDPOINT-ANSWER", self.subject, "the answer has no end", alone=True)
         return bytes(data)
-
-    def _network_error(self, error: httpx2.RequestError) -> CallFailed:
-        if isinstance(error, httpx2.ConnectTimeout):
-            fact = f"no connection within {self._limits.connect:g} s"
-            return CallFailed("E-NETWORK", self.subject, fact, retry=True)
-        words = quoted(str(error) or type(error).__name__, self._key)
-        if isinstance(error, httpx2.ProxyError):
-            return CallFailed("E-PROXY", self.subject, words)
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, ssl.SSLCertVerificationError):
-                return CallFailed("E-TLS", self.subject, words)
-            cause = cause.__cause__ or cause.__context__
-        return CallFailed("E-NETWORK", self.subject, words, retry=True)
-
-
-def base_url(address: str) -> httpx2.URL:
-    """The address of an API without a slash at its end; /v1 where it names a host alone.
-
-    Raises UsageError for anything but http(s)://host[:port][/path].
-    """
-    try:
-        url = httpx2.URL(address)
-    except httpx2.InvalidURL:
-        url = httpx2.URL("")
-    host = url.raw_host.decode("ascii")
-    usable = re.fullmatch(r"[\w.:-]+", host) and all(len(label) <= 63 for label in host.split("."))
-    if url.scheme not in ("http", "https") or not usable or not 0 < (url.port or 80) < 65536:
-        raise UsageError(
-            "E-ENDPOINT",
-            "--endpoint",
-            "is not an http or https address",
-            hint="for example http://127.0.0.1:8000/v1",
-        )
-    if url.userinfo or url.query or url.fragment:
-        raise UsageError(
-            "E-ENDPOINT",
-            "--endpoint",
-            "holds more than host, port and path",
-            hint=f"the key goes into {KEY_VARIABLE}",
-        )
-    return url.copy_with(path=url.path.rstrip("/") or "/v1")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _read_key(base: httpx2.URL, loopback: bool) -> str | None:
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    if not key:
-        return None
-    if not (key.isascii() and key.isprintable()):
-        raise UsageError("E-KEY", KEY_VARIABLE, "holds characters that no header can carry")
-    if base.scheme == "http" and not loopback:
-        raise SafetyError(
-            "E-INSECURE-KEY",
-            KEY_VARIABLE,
-            f"would travel in the open to {base.host}",
-            hint="use https, or unset the key",
-        )
-    return key
 
 
 def _failed(request: Request, failure: CallFailed) -> Chunk:

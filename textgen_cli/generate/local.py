@@ -155,7 +155,7 @@ class LocalEngine:
         raise ModelError("E-LANGUAGE", self.model.name, f"has no language token {code}")
 
     def _empty_prompt(self) -> list[int]:
-        bos = self.model.tokenizer.backend.bos_token_id
+        bos = self.model.tokenizer.backend.bos_token_id if self.plan.bos is None else self.plan.bos
         if bos is None:
             raise InputError(
                 "E-EMPTY", "prompt", f"is empty, and {self.model.name} has no token that begins a text"
@@ -168,11 +168,21 @@ class LocalEngine:
     # --- step by step
 
     def _batches(self, sequences: list[_Sequence], done: Collection[int]) -> Iterator[Chunk]:
-        sizes = [len(sequence.row.prompt) + sequence.row.room for sequence in sequences]
-        for batch in batches(sizes, BATCH_TOKENS, self.batch_rows or BATCH_ROWS):
-            members = [sequences[number] for number in batch]
-            if any(sequence.request.index not in done for sequence in members):
-                yield from self._decode(members)
+        for alike in self._alike(sequences):
+            sizes = [len(sequence.row.prompt) + sequence.row.room for sequence in alike]
+            for batch in batches(sizes, BATCH_TOKENS, self.batch_rows or BATCH_ROWS):
+                members = [alike[number] for number in batch]
+                if any(sequence.request.index not in done for sequence in members):
+                    yield from self._decode(members)
+
+    def _alike(self, sequences: list[_Sequence]) -> list[list[_Sequence]]:
+        """Sequences that may be decoded together: where padding would be read, those of one length."""
+        if not self.plan.reads_prompts:
+            return [sequences]
+        groups: dict[int, list[_Sequence]] = defaultdict(list)
+        for sequence in sequences:
+            groups[len(sequence.row.prompt)].append(sequence)
+        return list(groups.values())
 
     def _decode(self, batch: list[_Sequence]) -> Iterator[Chunk]:
         """One batch; where memory runs out, its unfinished half, then the other."""

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from textgen_cli.config import BUILT_IN, GENERATION_FIELDS, DecodingConfig
+from textgen_cli.config import BUILT_IN, GENERATION_FIELDS, DecodingConfig, option_name
 from textgen_cli.errors import InputError, UsageError
 from textgen_cli.events import Notice, Report
-from textgen_cli.generate import wording
+from textgen_cli.generate import fields, wording
 from textgen_cli.text.words import read_words
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Plan:
     context: int | None  # the model's own limit
     eos: frozenset[int]
     pad: int
+    bos: int | None = None  # begins a text of no prompt, where the user names it; else the tokenizer's own
     num_return_sequences: int = 1
     stops: tuple[str, ...] = ()  # strings that end the text and are not part of it
     logprobs: int | None = None  # alternatives reported for each token; 0: only the token's own
@@ -66,7 +67,15 @@ class Plan:
     @property
     def speculates(self) -> bool:
         """Whether guessed tokens are checked several at a time."""
-        return self.settings.prompt_lookup_num_tokens is not None
+        settings = self.settings
+        return settings.prompt_lookup_num_tokens is not None or settings.assistant_early_exit is not None
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether a processor takes padding for a part of the prompt, so that only prompts of one length may meet."""
+        settings = self.settings
+        sizes = (settings.encoder_no_repeat_ngram_size, settings.no_repeat_ngram_size == 1)
+        return any((*sizes, settings.encoder_repetition_penalty, settings.watermarking_config))
 
     @property
     def counts_padding(self) -> bool:
@@ -113,27 +122,28 @@ def plan(
     `settings_of`: what becomes of the fields of GenerationConfig, for an engine that does without the library.
     """
     own = _model_settings(model, report)
-    user = decoding.given() | _by_name(decoding) | _words(decoding, model)
+    user = decoding.given() | _by_name(decoding, model) | _words(decoding, model)
     own_samples = own.get("do_sample") is True or any(name in own for name in _SAMPLERS)
     base = {} if own_samples else {k: BUILT_IN[k] for k in ("temperature", "top_p")}
     chosen = {**base, **own, **user}
     sample = _samples(decoding, user, own, model, chosen.get("num_beams", 1))
     _refuse_idle(decoding, user, chosen)
+    _refuse_alone(decoding, user, chosen, model)
     lengths = _lengths(user, own)
     eos = _eos(chosen, model)
     if not eos:
         report(Notice(f"{model.name}: has no end-of-text token; text runs to the limit", name="W-NO-EOS"))
     pad = chosen.get("pad_token_id")
     pad = pad if isinstance(pad, int) and pad >= 0 else min(eos, default=0)
-    fields = {k: v for k, v in chosen.items() if k not in ("max_new_tokens", "max_length", "do_sample")}
+    taken = {k: v for k, v in chosen.items() if k not in ("max_new_tokens", "max_length", "do_sample")}
     if not sample:
-        fields = {k: v for k, v in fields.items() if k not in _SAMPLERS}
+        taken = {k: v for k, v in taken.items() if k not in _SAMPLERS}
     # 0 is "no top-k"; left open, the library would put 50 there.
-    fields.update(do_sample=sample, eos_token_id=sorted(eos) or None, pad_token_id=pad)
+    taken.update(do_sample=sample, eos_token_id=sorted(eos) or None, pad_token_id=pad)
     if sample:
-        fields.setdefault("top_k", 0)
+        taken.setdefault("top_k", 0)
     try:
-        settings = settings_of(**fields)
+        settings = settings_of(**taken)
     except (ValueError, TypeError) as error:
         raise UsageError("E-DECODING", "decoding options", str(error).splitlines()[0]) from error
     return Plan(
@@ -141,6 +151,7 @@ def plan(
         sample=sample,
         eos=frozenset(eos),
         pad=pad,
+        bos=user.get("bos_token_id"),
         context=model.context,
         num_return_sequences=decoding.num_return_sequences,
         stops=decoding.stop,
@@ -162,20 +173,20 @@ def _banned(decoding: DecodingConfig, model: "Model") -> "Banned | None":
     return Banned(words, token_texts(model.tokenizer, rows))
 
 
-def _by_name(decoding: DecodingConfig) -> dict[str, Any]:
+def _by_name(decoding: DecodingConfig, model: "Model") -> dict[str, Any]:
     """What --set gives, within the bounds of the options of the same names."""
-    found = wording.assignments(decoding.set)
-    try:
-        replace(decoding, set=(), **{k: v for k, v in found.items() if k in GENERATION_FIELDS})
-    except TypeError as error:
-        raise UsageError("E-SET", "--set", str(error)) from error
+    if not decoding.set:
+        return {}
+    found = fields.assignments(decoding.set, model.net.get_output_embeddings().weight.shape[0])
+    replace(decoding, set=(), **{k: v for k, v in found.items() if k in GENERATION_FIELDS})
     return found
 
 
 def _refuse_idle(decoding: DecodingConfig, user: dict[str, Any], chosen: dict[str, Any]) -> None:
     """UsageError for settings that would have no effect together, or that the library refuses."""
     count, beams = decoding.num_return_sequences, chosen.get("num_beams") or 1
-    guesses = bool(chosen.get("prompt_lookup_num_tokens") or decoding.draft_model)
+    guessing = ("prompt_lookup_num_tokens", "assistant_early_exit")
+    guesses = bool(decoding.draft_model or any(chosen.get(name) for name in guessing))
     if count > 1 and (1 < beams < count or guesses):
         raise UsageError(
             "E-CONFLICT", "--num-return-sequences", "is more than the beams, or meets speculation"
@@ -184,12 +195,28 @@ def _refuse_idle(decoding: DecodingConfig, user: dict[str, Any], chosen: dict[st
         raise UsageError("E-CONFLICT", "--temperature", "0 gives one sequence only")
     if beams > 1 and guesses:
         raise UsageError("E-CONFLICT", "speculation", "cannot be used with beams", hint="add --num-beams 1")
-    if beams == 1 and "length_penalty" in user:
-        raise UsageError("E-CONFLICT", "--length-penalty", "needs beams", hint="add --num-beams N")
     if decoding.logprobs is not None and (beams > 1 or guesses):
         raise UsageError("E-CONFLICT", "--logprobs", "cannot be used with beams or speculation")
     if decoding.watermark is not None and (beams > 1 or guesses):
         raise UsageError("E-CONFLICT", "--watermark", "cannot be used with beams or speculation")
+
+
+def _refuse_alone(
+    decoding: DecodingConfig, user: dict[str, Any], chosen: dict[str, Any], model: "Model"
+) -> None:
+    """UsageError for the first field that has no effect without what is not there."""
+    present = {
+        "beams": (chosen.get("num_beams") or 1) > 1,
+        "--prompt-lookup": bool(chosen.get("prompt_lookup_num_tokens")),
+        "--draft-model": decoding.draft_model is not None,
+        "an encoder-decoder model": model.family == "seq2seq",
+        "a model without an encoder": model.family != "seq2seq",
+    }
+    for name, needed in fields.NEEDS.items():
+        if user.get(name) is not None and not present[needed]:
+            option = option_name(name) if name in GENERATION_FIELDS else f"--set {name}"
+            hint = "add --num-beams N" if needed == "beams" else None
+            raise UsageError("E-CONFLICT", option, f"needs {needed}", hint=hint)
 
 
 def _marker(decoding: DecodingConfig, model: "Model") -> "Marker | None":
@@ -243,8 +270,8 @@ def _eos(chosen: dict[str, Any], model: "Model") -> set[int]:
 def _model_settings(model: "Model", report: Report) -> dict[str, Any]:
     taken: dict[str, Any] = {}
     for name, value in model.generation.items():
-        # The library counts padding as text here: only a decoder of its own has none.
-        if name == "min_length" and model.family != "seq2seq":
+        # The library counts padding as text in these: only a decoder of its own has none.
+        if name in ("min_length", "forced_bos_token_id") and model.family != "seq2seq":
             continue
         fits = _fits(name, value, model)
         if fits:

@@ -7,7 +7,7 @@ gives the same text in a batch: in float32 up to ties of rounding, since what is
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -53,11 +53,11 @@ class Conversation:
             self._engine = self.reopen(self.decoding)
         return self._engine
 
-    def ask(self, text: str) -> Iterator[Chunk]:
+    def ask(self, text: str) -> Generator[Chunk]:
         """Answer a message; what has come when the answer is broken off stays in the history."""
         return self._answer([*self.messages, {"role": "user", "content": text}])
 
-    def retry(self) -> Iterator[Chunk]:
+    def retry(self) -> Generator[Chunk]:
         """Answer the last message anew, as the next higher seed does."""
         asked = list(self.messages)
         while asked and asked[-1]["role"] == "assistant":
@@ -67,7 +67,7 @@ class Conversation:
         self.seed += 1
         return self._answer(asked)
 
-    def _answer(self, asked: list[dict[str, Any]]) -> Iterator[Chunk]:
+    def _answer(self, asked: list[dict[str, Any]]) -> Generator[Chunk]:
         """The history becomes `asked` and the answer, unless it fails before there is any of it."""
         answer, whole = "", False
         try:

@@ -3,8 +3,10 @@
 Prompt lookup and draft models check several guessed tokens in one pass; the text is what plain decoding gives.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,7 +92,7 @@ def _generate(net: Any, rows: list[Row], plan: Plan, draft: Any) -> list[list[in
     settings.num_return_sequences = plan.num_return_sequences
     if rows[0].first is not None:
         settings.forced_bos_token_id = rows[0].first
-    with torch.inference_mode():
+    with torch.inference_mode(), _drafting(draft, settings):
         out = net.generate(
             input_ids=ids.to(net.device),
             attention_mask=mask.to(net.device),
@@ -101,6 +103,23 @@ def _generate(net: Any, rows: list[Row], plan: Plan, draft: Any) -> list[list[in
     start = 1 if net.config.is_encoder_decoder else ids.shape[1]
     tokens: list[list[int]] = out[:, start:].tolist()
     return tokens
+
+
+@contextmanager
+def _drafting(draft: Any, settings: Any) -> Iterator[None]:
+    """How the draft model guesses, which the library reads from its own settings and changes as it goes on."""
+    if draft is None:
+        yield
+        return
+    own = draft.generation_config
+    draft.generation_config = copy.copy(own)
+    for name in ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"):
+        if getattr(settings, name) is not None:
+            setattr(draft.generation_config, name, getattr(settings, name))
+    try:
+        yield
+    finally:
+        draft.generation_config = own
 
 
 def _trim(ids: list[int], plan: Plan) -> list[int]:

@@ -29,7 +29,8 @@ from transformers.utils import logging as transformers_logging
 from textgen_cli.errors import ModelError, OutOfMemory
 from textgen_cli.events import Progress, Report
 from textgen_cli.model.cache import writing
-from textgen_cli.model.gguf import Header, check
+from textgen_cli.model.gguf import Header, Tensor, check
+from textgen_cli.model.rope import scaling_of
 
 # What transformers and gguf raise for a file whose layout holds but whose content they cannot use.
 REFUSALS: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
@@ -37,6 +38,10 @@ REFUSALS += (AssertionError, OSError, RuntimeError, MemoryError)  # torch runs o
 
 # Read from the file by the tokenizer alone, before; the model's reader would make an object of each element.
 TOKENIZER_ONLY = ("tokenizer.ggml.merges", "tokenizer.ggml.scores", "tokenizer.ggml.token_type")
+
+# What each rotary frequency is divided by, where a model's context was stretched as Llama 3's was.
+DIVISORS = "rope_freqs.weight"
+STRETCHED = ("llama",)  # architectures for which that is known to be all there is to it
 
 # Tokens after which the model has had its say.
 ENDS = ("eos", "eot", "eom")
@@ -49,6 +54,7 @@ def gguf_to_safetensors(source: Path, folder: Path, *, report: Report) -> None:
     left over), OutputError E-WRITE, OutOfMemory.
     """
     header = check(source)
+    _check_scaling(header, source.name)
     report(Progress("convert", source.name))
     with _quiet(source.name, report):
         with writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".source") as place:
@@ -56,6 +62,7 @@ def gguf_to_safetensors(source: Path, folder: Path, *, report: Report) -> None:
             Path(place, "model.gguf").symlink_to(source.resolve())
             with _refusals(source.name):
                 model, tokenizer = _read(place, header, source.name)
+            _stretch(model.config, source, header)
         with writing(folder), _disk_full(folder):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -85,6 +92,32 @@ def _read(place: str, header: Header, subject: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _check_scaling(header: Header, subject: str) -> None:
+    """Refuse positions that are scaled in a way which transformers' reader would leave out in silence."""
+    kind = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
+    if kind != "none" and header.architecture != "gpt-oss":
+        raise ModelError("E-GGUF", subject, f"scales positions by {kind!r}, which is not converted")
+
+
+def _divisors(header: Header) -> Tensor | None:
+    held = header.architecture in STRETCHED
+    return next((tensor for tensor in header.tensors if held and tensor.name == DIVISORS), None)
+
+
+def _stretch(config: Any, source: Path, header: Header) -> None:
+    """Let the config say what the file's divisors do; ModelError E-GGUF where no scaling of transformers does that."""
+    tensor = _divisors(header)
+    if tensor is None:
+        return
+    scaling = None
+    if tensor.type == "F32":
+        divisors = np.fromfile(source, dtype="<f4", count=prod(tensor.shape), offset=tensor.offset)
+        scaling = scaling_of(divisors.tolist(), config)
+    if scaling is None:
+        raise ModelError("E-GGUF", source.name, f"{DIVISORS} is no scaling that transformers knows")
+    config.rope_parameters = scaling
+
+
 def _check_weights(model: Any, info: dict[str, Any], header: Header, subject: str) -> None:
     for problem, keys in info.items():
         if keys:
@@ -94,7 +127,10 @@ def _check_weights(model: Any, info: dict[str, Any], header: Header, subject: st
             )
     # Tensors that it has no place for are dropped by transformers in silence, so the numbers are counted.
     tied = model.config.tie_word_embeddings
-    held = sum(prod(t.shape) for t in header.tensors if not (tied and t.name == "output.weight"))
+    divisors = _divisors(header)
+    left_out = {"output.weight"} if tied else set()
+    left_out |= {divisors.name} if divisors else set()
+    held = sum(prod(tensor.shape) for tensor in header.tensors if tensor.name not in left_out)
     wanted = sum(parameter.numel() for parameter in model.parameters())
     if held != wanted:
         raise ModelError("E-WEIGHTS", subject, f"holds {held} weights, {header.architecture} takes {wanted}")

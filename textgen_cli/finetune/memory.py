@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from textgen_cli.config.finetune import WayConfig
+from textgen_cli.model.anatomy import inner_config
 from textgen_cli.model.check import Checked
 from textgen_cli.model.weights import Tensor, read_header
 
@@ -50,7 +51,7 @@ def estimate(
     if kept is None:
         return {}
     adapter = way.lora is not None
-    vocabulary = int(_sizes(checked.config).get("vocab_size") or 0) if task in VOCABULARY_TASKS else 0
+    vocabulary = int(inner_config(checked.config).get("vocab_size") or 0) if task in VOCABULARY_TASKS else 0
     parts = {
         "weights": total * (2 if adapter and half else 4) + (learning * 4 if adapter else 0),
         "gradients": learning * 4,
@@ -86,13 +87,8 @@ def _adapted(name: str, tensor: Tensor, way: WayConfig) -> bool:
     return not _EMBEDDINGS.search(name)
 
 
-def _sizes(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else config
-
-
 def _activations(config: Mapping[str, Any], tokens: int, width: int, checkpointing: bool) -> int | None:
-    sizes = _sizes(config)
+    sizes = inner_config(config)
 
     def first(*names: str) -> int | None:
         return next((sizes[name] for name in names if isinstance(sizes.get(name), int)), None)
@@ -105,21 +101,3 @@ def _activations(config: Mapping[str, Any], tokens: int, width: int, checkpointi
     inner = first("intermediate_size", "n_inner", "d_ff", "hidden_dim", "encoder_ffn_dim") or 4 * hidden
     one = 8 * hidden + 4 * inner
     return tokens * width * (layers * hidden + one if checkpointing else layers * one)
-
-
-# Where configs keep the longest input; None: no limit.
-_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-_OFFSET_KINDS = re.compile(
-    r"roberta|camembert|longformer|mpnet|\besm\b"
-)  # positions begin behind the padding's own
-
-
-def context_of(config: Mapping[str, Any]) -> int | None:
-    """The longest input in tokens that a config states."""
-    sizes = _sizes(config)
-    values = (sizes.get(name) for name in _CONTEXT_FIELDS)
-    found = next((value for value in values if isinstance(value, int) and value > 0), None)
-    if found is not None and _OFFSET_KINDS.search(str(config.get("model_type"))):
-        padding = config.get("pad_token_id")
-        return found - (padding if isinstance(padding, int) else 1) - 1
-    return found

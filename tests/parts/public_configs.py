@@ -1,0 +1,88 @@
+"""Sizes of public models, as their config.json files have them, and what their publishers say of them.
+
+Only what a network's shapes depend on; the weights are never fetched. `headers` makes of a config what a whole
+checkpoint's headers would say.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from textgen_cli.model.weights import Tensor
+
+
+@dataclass(frozen=True)
+class Public:
+    """A config and published figures."""
+
+    config: dict[str, Any]
+    parameters: int  # as published, exactly or rounded
+    source: str  # of the parameters
+    digits: int | None = None  # to which they are rounded; None: exact
+    active: float | None = None  # parameters in use for a token, rounded to the same digits
+    cache_token: int | None = None  # bytes of keys and values of a token, 16-bit
+    cache_source: str = ""
+    flops_token: float | None = None  # forward, without attention
+
+
+def _llama(**sizes: Any) -> dict[str, Any]:
+    base = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    return base | {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096} | sizes
+
+
+PUBLIC: dict[str, Public] = {
+    "gpt2": Public(
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 50257, "n_positions": 1024,
+         "n_embd": 768, "n_layer": 12, "n_head": 12},
+        124_439_808, "https://huggingface.co/openai-community/gpt2",
+    ),
+    "bert-base-uncased": Public(
+        {"model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 30522, "hidden_size": 768,
+         "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+         "max_position_embeddings": 512, "type_vocab_size": 2},
+        110_000_000, "https://arxiv.org/abs/1810.04805, section 3", digits=2,
+    ),
+    "t5-small": Public(
+        {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True,
+         "d_model": 512, "d_ff": 2048, "d_kv": 64, "num_layers": 6, "num_heads": 8, "vocab_size": 32128},
+        60_000_000, "https://arxiv.org/abs/1910.10683, section 3.7", digits=1,
+    ),
+    "llama-2-7b": Public(
+        _llama(intermediate_size=11008, num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096),
+        6_738_415_616, "https://huggingface.co/meta-llama/Llama-2-7b-hf",
+        cache_token=524_288, cache_source="https://arxiv.org/abs/2307.09288, 2·32·4096·2 bytes",
+    ),
+    "llama-3-8b": Public(
+        _llama(intermediate_size=14336, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192),
+        8_030_261_248, "https://huggingface.co/meta-llama/Meta-Llama-3-8B",
+        cache_token=131_072, cache_source="https://arxiv.org/abs/2407.21783, table 3: 8 key/value heads of 128",
+    ),
+    "mistral-7b": Public(
+        _llama(intermediate_size=14336, num_key_value_heads=8, vocab_size=32000, max_position_embeddings=32768)
+        | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4096},
+        7_241_732_096, "https://huggingface.co/mistralai/Mistral-7B-v0.1",
+        cache_token=131_072, cache_source="https://arxiv.org/abs/2310.06825, table 1",
+    ),
+    "mixtral-8x7b": Public(
+        _llama(intermediate_size=14336, num_key_value_heads=8, vocab_size=32000, max_position_embeddings=32768)
+        | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 8,
+           "num_experts_per_tok": 2},
+        46_700_000_000, "https://arxiv.org/abs/2401.04088", digits=2, active=13e9,
+    ),
+}  # fmt: skip
+
+
+def headers(config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint of this config in float32, as transformers names and shapes them."""
+    sizes = {name: value for name, value in config.items() if name != "model_type"}
+    whole = transformers.AutoConfig.for_model(config["model_type"], **sizes)
+    with torch.device("meta"):
+        net = getattr(transformers, config["architectures"][0])(whole)
+    twins = set(net.all_tied_weights_keys)
+    return {
+        name: Tensor("F32", tuple(value.shape), 0, 4 * value.numel())
+        for name, value in net.state_dict().items()
+        if name not in twins
+    }

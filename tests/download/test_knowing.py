@@ -13,7 +13,7 @@ import torch
 import transformers
 from parts import files
 from parts.hub import Hub
-from parts.public_configs import PUBLIC, headers
+from parts.public_configs import PUBLIC, headers, row
 from torch.utils.flop_counter import FlopCounterMode
 
 from textgen_cli.cli import knowing
@@ -32,6 +32,7 @@ from textgen_cli.model.weights import read_header
 
 SmallModel = Callable[..., Path]
 NAME = "org/small"
+RESULTS = Path(__file__).parents[2] / "docs" / "results.md"
 CARD = b"---\nlanguage: en\nlicense: apache-2.0\n---\n# small\nlicense: none\n"
 
 
@@ -100,8 +101,13 @@ def test_public_models_have_the_parameters_that_were_published(name: str) -> Non
     assert weights.stored == {"F32": 4 * weights.total}
     if public.active is not None:
         assert rounded(weights.active(found)) == public.active
-    if public.cache_token is not None:
-        assert 2 * anatomy.cache_elements(found, 1) == public.cache_token
+    cache_token = None if public.cache_token is None else 2 * anatomy.cache_elements(found, 1)
+    assert cache_token == public.cache_token
+    training = None
+    if public.training is not None:  # published as 6 operations a parameter and token
+        training = 3 * 2 * weights.matrices * public.training[0]
+        assert training == pytest.approx(public.training[1], rel=0.02)
+    assert row(name, weights.total, cache_token, training) in RESULTS.read_text(encoding="utf-8")
 
 
 def test_a_window_bounds_the_cache() -> None:

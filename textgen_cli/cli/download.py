@@ -33,6 +33,8 @@ textgen download --list
 
 textgen download org/name --info
 
+textgen download org/name --for finetune --method lora --length 512
+
 textgen download --catalog translation
 
 ls "$(textgen download)\""""
@@ -66,7 +68,7 @@ def download(config: DownloadConfig, name: ModelArgument = None) -> None:
             _list(config)
         elif mode == "catalog":
             _catalog(config, name)
-        elif mode == "info":
+        elif mode in ("info", "for_"):
             _info(config, name, report)
         elif mode == "verify":
             _verify(config, name, report)
@@ -176,15 +178,20 @@ def _short(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _info(config: DownloadConfig, name: str | None, report: Reporter) -> None:
-    """What is known of each model that is meant."""
+    """What is known of each model that is meant, or what work with it takes."""
     from textgen_cli.cli import knowing
     from textgen_cli.download.run import names
     from textgen_cli.model.inspect import inspect
 
     output = Output(before_terminal=report.stop)
     for one in names(config, name):
-        fields = inspect(_named(config, one).model, report).fields()
-        output.write(_json(fields) if config.json else "".join(knowing.lines(fields)))
+        if config.knowing.for_ is None:
+            fields, lines = inspect(_named(config, one).model, report).fields(), knowing.lines
+        else:
+            from textgen_cli.download.work import estimate
+
+            fields, lines = estimate(_named(config, one), report), knowing.work_lines
+        output.write(_json(fields) if config.json else "".join(lines(fields)))
 
 
 def _verify(config: DownloadConfig, name: str | None, report: Reporter) -> None:

@@ -97,3 +97,39 @@ def _work(fields: Mapping[str, Any]) -> Iterator[Row]:
         yield "  at full context", scaled(work["token_at_context"], "FLOP")
     if "source_token" in work:
         yield "  of the source", scaled(work["source_token"], "FLOP")
+
+
+# --- what work takes
+
+
+def work_lines(fields: Mapping[str, Any]) -> Iterator[str]:
+    """What `--for` prints, from the fields of `download.work.estimate`."""
+    if os.isatty(1):
+        yield from _drawn(_estimate(fields))
+        return
+    yield from plain({name: value for name, value in fields.items() if name != "ways"})
+    for way in fields["ways"]:
+        yield f"way\t{way['change']}\t{way['peak']}\t{shown(way['fits'])}\n"
+
+
+def _estimate(fields: Mapping[str, Any]) -> Iterator[Row]:
+    memory, compute = fields["memory"], fields["compute"]
+    what = [fields["for"], fields["method"], fields["dtype"], fields["quantize"]]
+    yield "model", fields["model"]
+    rows = f"{fields['batch']:,} rows of {fields['length']:,} tokens"
+    yield "work", f"{', '.join(filter(None, what))} on {fields['device']}; {rows}"
+    yield "memory at its peak", f"{size(memory['peak']):>9}"
+    for name, count in memory.items():
+        if name != "peak" and count:
+            yield f"  {name}", f"{size(count):>9}"
+    yield "free here", f"{size(fields['free']):>9}" if fields["free"] is not None else "not told"
+    yield "fits", {True: "yes", False: "no", None: "not known"}[fields["fits"]]
+    for way in fields["ways"]:
+        yield f"  {way['change']}", f"{size(way['peak']):>9}{'  fits' if way['fits'] else ''}"
+    yield "compute", f"{scaled(compute['flops'], 'FLOP')} = {compute['formula']}"
+    yield (
+        "time, about",
+        f"{compute['seconds']:.3g} s a batch, {compute['tokens_a_second']:,.0f} tokens a second",
+    )
+    if "generated_a_second" in compute:
+        yield "  generating", f"{compute['generated_a_second']:,.0f} tokens a second at most"

@@ -325,6 +325,23 @@ OPTIONS: dict[str, Opt] = {
         "Tell what MODEL is made of and what it takes; of its weights the headers are read.",
         typed=True,
     ),
+    "for_": Opt(
+        KNOWING,
+        "Tell what MODEL takes to generate, score or finetune here: memory, work, time, and does it fit.",
+        metavar="JOB",
+        complete=words("generate", "score", "finetune"),
+        typed=True,
+    ),
+    "method": Opt(
+        KNOWING,
+        "With --for finetune: full, lora or qlora.",
+        metavar="METHOD",
+        complete=words("full", "lora", "qlora"),
+        typed=True,
+    ),
+    "batch": Opt(KNOWING, "With --for: rows computed together.", metavar="N", typed=True),
+    "length": Opt(KNOWING, "With --for: tokens of a row.", metavar="N", typed=True),
+    "download.recompute": Opt(KNOWING, "With --for finetune: gradient checkpointing.", typed=True),
     "catalog": Opt(
         KNOWING,
         "Show models worth knowing, and which fit into the free memory here; MODEL is a use then: base, instruct, "

@@ -40,6 +40,7 @@ _COPIES = re.compile(r"(^|\.)(encoder|decoder)\.embed_tokens\.weight$")
 _TWIN_BIAS = re.compile(r"cls\.predictions\.decoder\.bias$|lm_head\.decoder\.bias$")
 _ONCE = re.compile(r"pooler|seq_relationship")  # computed for a text, not for a token
 _EXPERTS = re.compile(r"(^|\.)experts\.|_exps\.")
+_GATES = re.compile(r"gate_proj|gate_up|ffn_gate\.|wi_1\.|\.w3\.")
 _HEAD_TABLE = re.compile(
     r"(^|\.)(lm_head|embed_out|predictions\.decoder|vocab_projector)\.weight$|^output\.weight$"
 )
@@ -176,6 +177,8 @@ class Weights:
     linear: Mapping[Literal["int8", "int4"], int]  # bytes of the layers that are quantised, in either format
     linear_count: int  # parameters of these layers; a head that shares the table stays a table besides
     stored: Mapping[str, int]  # dtype in the files -> bytes
+    widths: int  # inputs and outputs of all linear layers below the head: what an adapter of rank 1 has of parameters
+    gated: bool  # whether the feed-forward part multiplies with a gate
 
     @property
     def total(self) -> int:
@@ -218,6 +221,8 @@ def count(tensors: Mapping[str, Tensor], config: Mapping[str, Any], family: Fami
         parts=parts, tied=tied, matrices=round(work["decoder"]), encoder=round(work["encoder"]), experts=experts,
         linear={"int8": sum(map(_int8, linear)), "int4": sum(map(_int4, linear))},
         linear_count=sum(map(math.prod, own)), stored=_stored(tensors),
+        widths=sum(sum(shape) for name, shape in shapes.items() if _is_linear(name, shape) and part_of(name) != "head"),
+        gated=any(_GATES.search(name) for name in shapes),
     )  # fmt: skip
 
 

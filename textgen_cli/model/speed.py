@@ -1,0 +1,91 @@
+"""How fast this machine is at what networks do, measured for about two seconds.
+
+Two figures: operations a second of a feed-forward part, forward or forth and back, and bytes a second of weights that
+are read for one token. It knows no network but its sizes.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from textgen_cli.model.device import Placement
+
+SECONDS = 1.0  # of each measurement, besides one round before it
+ROWS = 1024  # tokens at once at most: more of them are not faster
+READ = 128 << 20  # bytes of weights that are read in turn, more than caches hold
+WIDEST = 16384  # elements; a wider feed-forward part is no faster
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured."""
+
+    operations: float  # a second
+    bytes: float  # a second
+
+
+def measure(placement: Placement, tokens: int, hidden: int, inner: int, *, learns: bool) -> Speed:
+    """Run a feed-forward part of these sizes on the device, for a batch of so many tokens and for one token."""
+    inner = min(inner, WIDEST)
+    rows = min(tokens, ROWS)
+    work = _Part(placement.device, placement.dtype, hidden, inner, learns)
+    x = work.draw(rows, hidden)
+    count = 4 * rows * hidden * inner * (3 if learns else 1)
+    operations = count / _seconds(lambda: work.forth_and_back(x) if learns else work.forth(x), placement)
+    with torch.inference_mode():
+        one, size = work.draw(1, hidden), hidden * inner * placement.dtype.itemsize
+        tables = [work.draw(inner, hidden) for _ in range(max(1, READ // size))]
+
+        def read() -> None:
+            for table in tables:
+                nn.functional.linear(one, table)
+
+        return Speed(operations, size * len(tables) / _seconds(read, placement))
+
+
+class _Part:
+    """A feed-forward part with what stands around it: norm, two matrices, an activation, a sum."""
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, hidden: int, inner: int, learns: bool
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        # Weights that learn are in float32, whatever is computed in.
+        self.up = self._weights(inner, hidden, learns)
+        self.down = self._weights(hidden, inner, learns)
+
+    def draw(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype) / 16
+
+    def _weights(self, rows: int, columns: int, learns: bool) -> torch.Tensor:
+        return self.draw(rows, columns).requires_grad_(learns)
+
+    def forth(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, H) -> (T, H)."""
+        y = nn.functional.linear(nn.functional.layer_norm(x, x.shape[-1:]), self.up)  # (T, I)
+        return x + nn.functional.linear(nn.functional.silu(y), self.down)
+
+    def forth_and_back(self, x: torch.Tensor) -> None:
+        self.forth(x.requires_grad_()).sum().backward()  # type: ignore[no-untyped-call]
+        x.grad = self.up.grad = self.down.grad = None
+
+
+def _seconds(run: Callable[[], object], placement: Placement) -> float:
+    """Of one run, the mean of as many as SECONDS have room for."""
+    run()
+    _settle(placement)
+    rounds, began = 0, time.perf_counter()
+    while (taken := time.perf_counter() - began) < SECONDS or not rounds:
+        run()
+        _settle(placement)
+        rounds += 1
+    return max(taken, time.perf_counter() - began) / rounds
+
+
+def _settle(placement: Placement) -> None:
+    """Wait until the device has done what it was given."""
+    if placement.device.type != "cpu":
+        torch.zeros(1, device=placement.device).item()

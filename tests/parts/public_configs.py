@@ -37,7 +37,7 @@ PUBLIC: dict[str, Public] = {
     "gpt2": Public(
         {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 50257, "n_positions": 1024,
          "n_embd": 768, "n_layer": 12, "n_head": 12},
-        124_439_808, "https://huggingface.co/openai-community/gpt2",
+        124_000_000, "https://huggingface.co/openai-community/gpt2", digits=3,
     ),
     "bert-base-uncased": Public(
         {"model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 30522, "hidden_size": 768,
@@ -52,13 +52,13 @@ PUBLIC: dict[str, Public] = {
     ),
     "llama-2-7b": Public(
         _llama(intermediate_size=11008, num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096),
-        6_738_415_616, "https://huggingface.co/meta-llama/Llama-2-7b-hf",
-        cache_token=524_288, cache_source="https://arxiv.org/abs/2307.09288, 2·32·4096·2 bytes",
+        6_700_000_000, "https://arxiv.org/abs/2302.13971, table 2, the same shape", digits=2,
+        cache_token=524_288, cache_source="https://arxiv.org/abs/2307.09288",
     ),
     "llama-3-8b": Public(
         _llama(intermediate_size=14336, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192),
         8_030_261_248, "https://huggingface.co/meta-llama/Meta-Llama-3-8B",
-        cache_token=131_072, cache_source="https://arxiv.org/abs/2407.21783, table 3: 8 key/value heads of 128",
+        cache_token=131_072, cache_source="https://arxiv.org/abs/2407.21783, table 3",
     ),
     "mistral-7b": Public(
         _llama(intermediate_size=14336, num_key_value_heads=8, vocab_size=32000, max_position_embeddings=32768)

@@ -236,6 +236,8 @@ def test_what_is_in_the_cache_is_told_without_a_connection(
         ({"config.json": b'{"model_type": "own", "auto_map": {"A": "x.X"}}'}, SafetyError("E-REMOTE-CODE", "", "")),
         ({"config.json": b'{"model_type": "llama", "architectures": ["LlamaModel"]}'}, ModelError("E-ARCH", "", "")),
         ({"config.json": b"{"}, ModelError("E-CONFIG", "", "")),
+        ({"config.json": None}, ModelError("E-CONFIG", "", "")),
+        ({"config.json": None, "adapter_model.safetensors": b"\x00" * 40}, ModelError("E-ADAPTER", "", "")),
         ({"model.safetensors": b"\x00" * 40}, ModelError("E-SAFETENSORS", "", "")),
         ({"model.safetensors": b"\x80\x04."}, SafetyError("E-PICKLE", "", "")),
         ({"model.safetensors": files.tensors({"a": (4,)})[:-3]}, ModelError("E-TRUNCATED", "", "")),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from textgen_cli.config import DEFAULT_MODEL, ModelConfig
+from textgen_cli.errors import ModelError
 from textgen_cli.events import Report
 from textgen_cli.model import anatomy, cache, gguf, lock, packaged, peek, wheel
 from textgen_cli.model.anatomy import Sizes, Weights
@@ -18,7 +19,7 @@ from textgen_cli.model.catalog import CATALOG
 from textgen_cli.model.check import LOADABLE, check_config, check_folder
 from textgen_cli.model.family import Family, family_of
 from textgen_cli.model.source import Kind, Source, locate, parse
-from textgen_cli.model.weights import Tensor, read_header, read_json
+from textgen_cli.model.weights import ADAPTER, Tensor, no_weights, read_header, read_json
 
 CARD = "README.md"
 CARD_LIMIT = 1 << 20  # bytes
@@ -137,12 +138,16 @@ def _of_hub(source: Source, config: ModelConfig, report: Report) -> Facts:
         source.name, source.revision, offline=config.offline, report=report, mirror=config.mirror
     )
     files = shelf.loadable()
-    found = shelf.json(CONFIG, "E-CONFIG") or {}
+    names = {file.name for file in files}
+    found = shelf.json(CONFIG, "E-CONFIG")
+    if found is None:
+        if ADAPTER in names:
+            raise no_weights(source.name, names)
+        raise ModelError("E-CONFIG", CONFIG, "is not in the repository")
     for notice in check_config(found):
         report(notice)
     family = family_of(found, source.name)
     settings = shelf.json(TOKENIZER, "E-TOKENIZER") or {}
-    names = {file.name for file in files}
     return Facts(
         model=config.model,
         source=source.kind,

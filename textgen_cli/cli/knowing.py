@@ -125,7 +125,7 @@ def _estimate(fields: Mapping[str, Any]) -> Iterator[Row]:
     yield "free here", f"{size(fields['free']):>9}" if fields["free"] is not None else "not told"
     yield "fits", {True: "yes", False: "no", None: "not known"}[fields["fits"]]
     for way in fields["ways"]:
-        yield f"  {way['change']}", f"{size(way['peak']):>9}{'  fits' if way['fits'] else ''}"
+        yield "  with", f"{size(way['peak']):>9}{', fits' if way['fits'] else ''}: {way['change']}"
     yield "compute", f"{scaled(compute['flops'], 'FLOP')} = {compute['formula']}"
     yield (
         "time, about",

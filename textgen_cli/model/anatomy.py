@@ -221,7 +221,7 @@ def count(tensors: Mapping[str, Tensor], config: Mapping[str, Any], family: Fami
         parts=parts, tied=tied, matrices=round(work["decoder"]), encoder=round(work["encoder"]), experts=experts,
         linear={"int8": sum(map(_int8, linear)), "int4": sum(map(_int4, linear))},
         linear_count=sum(map(math.prod, own)), stored=_stored(tensors),
-        widths=sum(sum(shape) for name, shape in shapes.items() if _is_linear(name, shape) and part_of(name) != "head"),
+        widths=sum(sum(shape) for name, shape in shapes.items() if _is_adapted(name, shape, speaks)),
         gated=any(_GATES.search(name) for name in shapes),
     )  # fmt: skip
 
@@ -287,6 +287,12 @@ def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
     if len(shape) != 2 or _TABLES.search(name) or _EXPERTS.search(name):
         return False
     return part_of(name) not in ("embeddings", "norms")
+
+
+def _is_adapted(name: str, shape: tuple[int, ...], speaks: bool) -> bool:
+    """Whether an adapter of all linear layers has a part beside it: not beside the last one, nor beside labels."""
+    inside = part_of(name) != "head" or (speaks and not _HEAD_TABLE.search(name))
+    return inside and _is_linear(name, shape)
 
 
 def _rows_first(shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ Learning, of P parameters in float32 of which R learn:
                 layer whole
     logits      B·T·V·12: log-softmax and two gradients in float32; 0 where a head is small
 
-    peak = libraries + weights + optimizer + 1.15 · max(activations + logits + the head's gradient, gradients + one layer)
+    peak = libraries + weights + optimizer + 1.15 · max(activations + logits + head's gradient, gradients + one layer)
 
 Operations: 2 a weight and token forward, 4 backward, 2 of these for the gradient of weights that learn: 6·M·D for D
 tokens where all learn, 4·M·D beside an adapter, 2·M·D more with gradient checkpointing; attention likewise.
@@ -76,6 +76,7 @@ class Work:
     recompute: bool = False  # gradient checkpointing
     rank: int = RANK  # of an adapter
     mapped: bool = True  # whether files are mapped into the memory that is spoken of
+    copied: bool = False  # the files are a copy in the form that is computed in
 
     @property
     def tokens(self) -> int:
@@ -98,7 +99,7 @@ def memory(network: Network, work: Work, libraries: int = 0) -> dict[str, int]:
     parts = {
         "libraries": libraries,
         "weights": held,
-        "loading": _loading(network.weights, work),
+        "loading": _loading(network.weights, work, held),
         "cache": _cache(network, work),
         "activations": passing,
         "logits": _logits(network, work),
@@ -143,12 +144,13 @@ def kept(network: Network, length: int) -> float:
     """Numbers that a layer keeps of a token for the way back, with rows of so many tokens."""
     own, found = anatomy.inner_config(network.config), network.sizes
     dropped = any(isinstance(own.get(name), float) and own[name] > 0 for name in _ATTENTION_DROPOUTS)
-    stream = 9 * found.hidden + (2 * found.hidden if "rms_norm_eps" in own else 0)
-    act = str(next((own[name] for name in _ACTIVATIONS if own.get(name)), None))
-    inner = (4 if network.weights.gated else _KEPT_BY.get(act, 2)) * found.inner
+    rooted = "rms_norm_eps" in own or "t5" in str(own.get("model_type"))
     # Where attention drops weights, no kernel does without the matrix of T·T; nor without scaled queries and keys.
-    matrix = 2.25 * found.heads * length + 1.5 * found.hidden if dropped else 0
-    return stream + inner + matrix
+    matrix = 2.25 * found.heads * length + 4.5 * found.hidden if dropped else 0
+    stream = (9.5 + rooted) * found.hidden
+    crossed = (matrix + 7 * found.hidden) * found.layers / network.layers if found.encoder_layers else 0
+    act = str(next((own[name] for name in _ACTIVATIONS if own.get(name)), None))
+    return stream + matrix + crossed + (4 if network.weights.gated else _KEPT_BY.get(act, 2)) * found.inner
 
 
 _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "dropout_rate")
@@ -165,10 +167,13 @@ def _passing(found: Sizes, work: Work) -> int:
     return tokens * (8 * found.hidden + 6 * found.inner) * work.number
 
 
-def _loading(weights: Weights, work: Work) -> int:
-    held = work.number * weights.total
+def _loading(weights: Weights, work: Work, held: int) -> int:
+    """In 8 and 4 bits, too, all weights are there in 16 or 32 at first, but for a copy that has been made so."""
+    if work.copied:
+        return held
+    plain = work.number * weights.total
     same = any(STORED.get(dtype) == work.dtype for dtype in weights.stored)
-    return held if same or not work.mapped else held + sum(weights.stored.values())
+    return plain if same or not work.mapped else plain + sum(weights.stored.values())
 
 
 def _cache(network: Network, work: Work) -> int:
@@ -227,16 +232,21 @@ def ways(network: Network, work: Work, libraries: int, free: int) -> list[dict[s
         if smaller == work:
             continue
         peak = memory(network, smaller, libraries)["peak"]
-        if peak >= memory(network, work, libraries)["peak"]:
+        if peak > WORTH * memory(network, work, libraries)["peak"]:
             continue
-        work, said = smaller, [*said, word]
-        found.append({"change": " ".join(said), "peak": peak, "fits": peak <= free})
+        # Of two copies the smaller one is meant.
+        work, said = smaller, [*(old for old in said if not (COPY in word and COPY in old)), word]
+        found.append({"change": ", ".join(said), "peak": peak, "fits": peak <= free})
         if peak <= free:
             break
     return found
 
 
 Change = tuple[str, dict[str, Any]]
+
+
+COPY = "a copy of download"
+WORTH = 0.97  # a change that saves less is not told
 
 
 def _changes(work: Work) -> list[Change]:
@@ -250,7 +260,10 @@ def _changes(work: Work) -> list[Change]:
             (f"--lora {work.rank}", {"method": "lora"}),
             half,
         ]
-    return [batch, *([half] if work.number == 4 else []), ("--quantize int4", {"quantize": "int4"})]
+    word = f"{COPY} --convert --dtype bfloat16"
+    copy: Change = (word, {"dtype": work.dtype if work.number == 2 else "bfloat16", "copied": True})
+    codes: Change = (f"{COPY} --quantize int4", {"quantize": "int4", "copied": True})
+    return [batch, half, copy, codes]
 
 
 def default_batch(job: Job, length: int) -> int:

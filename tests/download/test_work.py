@@ -24,7 +24,7 @@ from textgen_cli.model.family import family_of
 from textgen_cli.model.inspect import inspect
 
 SmallModel = Callable[..., Path]
-VOCABULARY = 12000
+VOCABULARY = 8000
 TEXT = "the lazy dog and the quick brown fox " * 60
 
 
@@ -34,8 +34,8 @@ TEXT = "the lazy dog and the quick brown fox " * 60
 def _llama() -> Any:
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=640, intermediate_size=1792, num_hidden_layers=6,
-            num_attention_heads=10, num_key_value_heads=5, max_position_embeddings=1024, bos_token_id=1,
+            vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1536, num_hidden_layers=6,
+            num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=1024, bos_token_id=1,
             eos_token_id=0, pad_token_id=0,
         )
     )  # fmt: skip
@@ -44,7 +44,7 @@ def _llama() -> Any:
 def _gpt2() -> Any:
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_positions=1024, n_embd=576, n_layer=8, n_head=9, bos_token_id=1, eos_token_id=0
+            vocab_size=VOCABULARY, n_positions=1024, n_embd=512, n_layer=7, n_head=8, bos_token_id=1, eos_token_id=0
         )
     )  # fmt: skip
 
@@ -52,7 +52,7 @@ def _gpt2() -> Any:
 def _neox() -> Any:
     return transformers.GPTNeoXForCausalLM(
         transformers.GPTNeoXConfig(
-            vocab_size=VOCABULARY, hidden_size=576, intermediate_size=2304, num_hidden_layers=8, num_attention_heads=9,
+            vocab_size=VOCABULARY, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8,
             max_position_embeddings=1024, bos_token_id=1, eos_token_id=0,
         )
     )  # fmt: skip
@@ -63,7 +63,7 @@ MODELS = {"llama": _llama, "gpt2": _gpt2, "neox": _neox}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models of 150 to 200 MB, and one of nearly nothing."""
+    """Models of about 100 MB, and one of nearly nothing."""
     small = {"nothing": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=400, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=1024, bos_token_id=1, eos_token_id=0, pad_token_id=0))}  # fmt: skip
@@ -87,7 +87,7 @@ def program() -> Iterator[Program]:
 JOBS: dict[str, list[str]] = {
     "generate": [TEXT[:1400], "-n", "8", "--greedy", "--dtype", "float32"],
     "score": [TEXT[:1400]],
-    "finetune": ["data.txt", "--format", "lines", "--max-length", "192", "--truncate", "--batch-size", "4",
+    "finetune": ["data.txt", "--format", "lines", "--max-length", "128", "--truncate", "--batch-size", "4",
                  "--max-steps", "2", "--valid-share", "0", "-o", "out"],
 }  # fmt: skip
 
@@ -108,7 +108,7 @@ def test_estimated_peaks_are_those_of_the_program(
 
     libraries = peak("nothing")
     tokenizer = byte_tokenizer()
-    length = 192 if job == "finetune" else len(tokenizer(TEXT[:1400])["input_ids"]) + 8
+    length = 128 if job == "finetune" else len(tokenizer(TEXT[:1400])["input_ids"]) + 8
     for name in MODELS:
         network = network_of(inspect(ModelConfig(str(models[name])), silent))
         work = Work(job, 4 if job == "finetune" else 1, length, "float32")

@@ -232,7 +232,8 @@ def ways(network: Network, work: Work, libraries: int, free: int) -> list[dict[s
         if smaller == work:
             continue
         peak = memory(network, smaller, libraries)["peak"]
-        if peak > WORTH * memory(network, work, libraries)["peak"]:
+        before = memory(network, work, libraries)["peak"]
+        if peak - libraries > WORTH * (before - libraries):
             continue
         # Of two copies the smaller one is meant.
         work, said = smaller, [*(old for old in said if not (COPY in word and COPY in old)), word]

@@ -58,17 +58,23 @@ def _neox() -> Any:
     )  # fmt: skip
 
 
+def _nothing() -> Any:
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=400, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=1024, bos_token_id=1, eos_token_id=0, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
 MODELS = {"llama": _llama, "gpt2": _gpt2, "neox": _neox}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Models of about 100 MB, and one of nearly nothing."""
-    small = {"nothing": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=400, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=1024, bos_token_id=1, eos_token_id=0, pad_token_id=0))}  # fmt: skip
     made = {}
-    for name, make in {**MODELS, **small}.items():
+    for name, make in {**MODELS, "nothing": _nothing}.items():
         made[name] = tmp_path_factory.mktemp(name)
         torch.manual_seed(1)
         make().save_pretrained(made[name])
@@ -87,7 +93,7 @@ def program() -> Iterator[Program]:
 JOBS: dict[str, list[str]] = {
     "generate": [TEXT[:1400], "-n", "8", "--greedy", "--dtype", "float32"],
     "score": [TEXT[:1400]],
-    "finetune": ["data.txt", "--format", "lines", "--max-length", "128", "--truncate", "--batch-size", "4",
+    "finetune": ["data.txt", "--format", "lines", "--max-length", "96", "--truncate", "--batch-size", "4",
                  "--max-steps", "2", "--valid-share", "0", "-o", "out"],
 }  # fmt: skip
 
@@ -108,7 +114,7 @@ def test_estimated_peaks_are_those_of_the_program(
 
     libraries = peak("nothing")
     tokenizer = byte_tokenizer()
-    length = 128 if job == "finetune" else len(tokenizer(TEXT[:1400])["input_ids"]) + 8
+    length = 96 if job == "finetune" else len(tokenizer(TEXT[:1400])["input_ids"]) + 8
     for name in MODELS:
         network = network_of(inspect(ModelConfig(str(models[name])), silent))
         work = Work(job, 4 if job == "finetune" else 1, length, "float32")

@@ -69,7 +69,7 @@ class _Part:
         return x + nn.functional.linear(nn.functional.silu(y), self.down)
 
     def forth_and_back(self, x: torch.Tensor) -> None:
-        self.forth(x.requires_grad_()).sum().backward()  # type: ignore[no-untyped-call]
+        self.forth(x.requires_grad_()).sum().backward()
         x.grad = self.up.grad = self.down.grad = None
 
 

@@ -132,4 +132,4 @@ def _estimate(fields: Mapping[str, Any]) -> Iterator[Row]:
         f"{compute['seconds']:.3g} s a batch, {compute['tokens_a_second']:,.0f} tokens a second",
     )
     if "generated_a_second" in compute:
-        yield "  generating", f"{compute['generated_a_second']:,.0f} tokens a second at most"
+        yield "  generating", f"{compute['generated_a_second']:,.0f} tokens a second"

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from textgen_cli.model.device import Placement
+from textgen_cli.model.device import Placement, cpu_has_bfloat16
+from textgen_cli.model.pack import PackedLinear
 
 SECONDS = 1.0  # of each measurement, besides one round before it
 ROWS = 1024  # tokens at once at most: more of them are not faster
@@ -37,13 +38,20 @@ def measure(placement: Placement, tokens: int, hidden: int, inner: int, *, learn
     operations = count / _seconds(lambda: work.forth_and_back(x) if learns else work.forth(x), placement)
     with torch.inference_mode():
         one, size = work.draw(1, hidden), hidden * inner * placement.dtype.itemsize
-        tables = [work.draw(inner, hidden) for _ in range(max(1, READ // size))]
+        layers = [_layer(placement, hidden, inner) for _ in range(max(1, READ // size))]
 
         def read() -> None:
-            for table in tables:
-                nn.functional.linear(one, table)
+            for layer in layers:
+                layer(one)
 
-        return Speed(operations, size * len(tables) / _seconds(read, placement))
+        return Speed(operations, size * len(layers) / _seconds(read, placement))
+
+
+def _layer(placement: Placement, hidden: int, inner: int) -> nn.Module:
+    """A linear layer as one that generates has it here."""
+    layer = nn.Linear(hidden, inner, bias=False, device=placement.device, dtype=placement.dtype)
+    packs = placement.device.type == "cpu" and placement.dtype == torch.bfloat16 and cpu_has_bfloat16()
+    return PackedLinear(layer) if packs and torch.backends.mkldnn.is_available() else layer
 
 
 class _Part:

@@ -35,14 +35,15 @@ def estimate(config: DownloadConfig, report: Report) -> dict[str, Any]:
     left = None if free is None else free + libraries
     parts = cost.memory(network, work, libraries)
     report(Progress("measure", facts.model))
-    found = speed.measure(
-        placement, work.tokens, network.sizes.hidden, network.sizes.inner, learns=work.job == "finetune"
-    )
+    sizes = network.sizes
+    rate = speed.operations(placement, work.tokens, sizes.hidden, sizes.inner, learns=work.job == "finetune")
     done = cost.operations(network, work)
-    seconds = done["flops"] / found.operations
+    seconds = done["flops"] / rate
     time = {"seconds": seconds, "tokens_a_second": work.tokens / seconds}
+    measured = {"flops_a_second": rate}
     if work.job == "generate":
-        step = cost.token_bytes(network, work) / found.bytes
+        measured["bytes_a_second"] = speed.reading(placement, sizes.hidden, sizes.inner)
+        step = cost.token_bytes(network, work) / measured["bytes_a_second"]
         time["generated_a_second"] = work.batch / step
     return {
         "model": facts.model,
@@ -57,7 +58,7 @@ def estimate(config: DownloadConfig, report: Report) -> dict[str, Any]:
         "free": left,
         "fits": None if left is None else parts["peak"] <= left,
         "compute": done | {"tokens": work.tokens, **time},
-        "measured": {"flops_a_second": found.operations, "bytes_a_second": found.bytes},
+        "measured": measured,
         "ways": [] if left is None else cost.ways(network, work, libraries, left),
     }
 

@@ -32,6 +32,7 @@ from textgen_cli.model.tokenizer import Tokenizer
 
 NO_LIMIT = 1 << 30  # tokens
 LONGEST = 20  # examples that are named
+GLANCE = 0.5  # seconds of measuring
 PULSE = 1000  # examples between two events of progress
 
 
@@ -165,7 +166,7 @@ def _run_facts(
 
 
 def pace(config: FinetuneConfig, facts: dict[str, Any]) -> dict[str, Any]:
-    """How long a training of these facts takes on this machine, about, by what two seconds of it measure."""
+    """How long a training of these facts takes on this machine, about, by what a glance at it measures."""
     if "flops" not in facts:
         return {}
     located = locate(config.model, silent)
@@ -173,5 +174,5 @@ def pace(config: FinetuneConfig, facts: dict[str, Any]) -> dict[str, Any]:
     assert sizes is not None  # what is counted has sizes
     tokens = facts["steps"]["batch"] * min(facts["tokens"]["max"], facts["tokens"]["limit"])
     placement = device.place(config.model, "finetune")
-    found = speed.measure(placement, tokens, sizes.hidden, sizes.inner, learns=True)
-    return {"seconds": round(facts["flops"] / found.operations, 1)}
+    rate = speed.operations(placement, tokens, sizes.hidden, sizes.inner, learns=True, seconds=GLANCE)
+    return {"seconds": round(facts["flops"] / rate, 1)}

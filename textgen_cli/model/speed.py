@@ -6,7 +6,6 @@ are read for one token. It knows no network but its sizes.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -20,31 +19,34 @@ READ = 128 << 20  # bytes of weights that are read in turn, more than caches hol
 WIDEST = 16384  # elements; a wider feed-forward part is no faster
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What was measured."""
-
-    operations: float  # a second
-    bytes: float  # a second
-
-
-def measure(placement: Placement, tokens: int, hidden: int, inner: int, *, learns: bool) -> Speed:
-    """Run a feed-forward part of these sizes on the device, for a batch of so many tokens and for one token."""
+def operations(
+    placement: Placement, tokens: int, hidden: int, inner: int, *, learns: bool, seconds: float | None = None
+) -> float:
+    """Operations a second of a feed-forward part of these sizes with so many tokens, forward, or forth and back."""
     inner = min(inner, WIDEST)
     rows = min(tokens, ROWS)
     work = _Part(placement.device, placement.dtype, hidden, inner, learns)
     x = work.draw(rows, hidden)
     count = 4 * rows * hidden * inner * (3 if learns else 1)
-    operations = count / _seconds(lambda: work.forth_and_back(x) if learns else work.forth(x), placement)
+    if learns:
+        return count / _mean(lambda: work.forth_and_back(x), placement, seconds or SECONDS)
     with torch.inference_mode():
-        one, size = work.draw(1, hidden), hidden * inner * placement.dtype.itemsize
-        layers = [_layer(placement, hidden, inner) for _ in range(max(1, READ // size))]
+        return count / _mean(lambda: work.forth(x), placement, seconds or SECONDS)
 
-        def read() -> None:
-            for layer in layers:
-                layer(one)
 
-        return Speed(operations, size * len(layers) / _seconds(read, placement))
+@torch.inference_mode()
+def reading(placement: Placement, hidden: int, inner: int) -> float:
+    """Bytes a second of weights that are read for one token."""
+    inner = min(inner, WIDEST)
+    one = torch.randn(1, hidden, device=placement.device, dtype=placement.dtype)
+    size = hidden * inner * placement.dtype.itemsize
+    layers = [_layer(placement, hidden, inner) for _ in range(max(1, READ // size))]
+
+    def read() -> None:
+        for layer in layers:
+            layer(one)
+
+    return size * len(layers) / _mean(read, placement, SECONDS)
 
 
 def _layer(placement: Placement, hidden: int, inner: int) -> nn.Module:
@@ -81,16 +83,17 @@ class _Part:
         x.grad = self.up.grad = self.down.grad = None
 
 
-def _seconds(run: Callable[[], object], placement: Placement) -> float:
-    """Of one run, the mean of as many as SECONDS have room for."""
+def _mean(run: Callable[[], object], placement: Placement, seconds: float) -> float:
+    """Seconds of one run, the mean of as many as the seconds have room for, after one that is not counted."""
     run()
     _settle(placement)
     rounds, began = 0, time.perf_counter()
-    while (taken := time.perf_counter() - began) < SECONDS or not rounds:
+    while True:
         run()
         _settle(placement)
         rounds += 1
-    return max(taken, time.perf_counter() - began) / rounds
+        if (taken := time.perf_counter() - began) >= seconds:
+            return taken / rounds
 
 
 def _settle(placement: Placement) -> None:

@@ -1,7 +1,7 @@
 """`--for`: what a model takes to generate, score or learn here: memory by part, operations, time, and does it fit.
 
-Memory and operations are arithmetic (`model/cost.py`); the time is that arithmetic by what two seconds on this machine
-measure. No weight is read, so a model of the Hub need not be fetched.
+Memory and operations are arithmetic (`model/cost.py`); the time is that arithmetic by what a second or two on this
+machine measure. No weight is read, so a model of the Hub need not be fetched.
 """
 
 import importlib

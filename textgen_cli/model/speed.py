@@ -1,4 +1,4 @@
-"""How fast this machine is at what networks do, measured for about two seconds.
+"""How fast this machine is at what networks do, measured for a second or two.
 
 Two figures: operations a second of a feed-forward part, forward or forth and back, and bytes a second of weights that
 are read for one token. It knows no network but its sizes.
@@ -16,6 +16,7 @@ from textgen_cli.model.pack import PackedLinear
 SECONDS = 1.0  # of each measurement, besides one round before it
 ROWS = 1024  # tokens at once at most: more of them are not faster
 READ = 128 << 20  # bytes of weights that are read in turn, more than caches hold
+LAYERS = 64  # that are read in turn at most: small networks stay in the caches
 WIDEST = 16384  # elements; a wider feed-forward part is no faster
 
 
@@ -40,7 +41,7 @@ def reading(placement: Placement, hidden: int, inner: int) -> float:
     inner = min(inner, WIDEST)
     one = torch.randn(1, hidden, device=placement.device, dtype=placement.dtype)
     size = hidden * inner * placement.dtype.itemsize
-    layers = [_layer(placement, hidden, inner) for _ in range(max(1, READ // size))]
+    layers = [_layer(placement, hidden, inner) for _ in range(max(1, min(LAYERS, READ // size)))]
 
     def read() -> None:
         for layer in layers:

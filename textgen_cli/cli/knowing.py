@@ -116,7 +116,7 @@ def _estimate(fields: Mapping[str, Any]) -> Iterator[Row]:
     memory, compute = fields["memory"], fields["compute"]
     what = [fields["for"], fields["method"], fields["dtype"], fields["quantize"]]
     yield "model", fields["model"]
-    rows = f"{fields['batch']:,} rows of {fields['length']:,} tokens"
+    rows = f"{fields['batch']:,} row{'s' * (fields['batch'] > 1)} of {fields['length']:,} tokens"
     yield "work", f"{', '.join(filter(None, what))} on {fields['device']}; {rows}"
     yield "memory at its peak", f"{size(memory['peak']):>9}"
     for name, count in memory.items():

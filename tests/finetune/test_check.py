@@ -24,9 +24,9 @@ from textgen_cli.config.finetune import DataConfig, FinetuneConfig, TrainingConf
 from textgen_cli.errors import InputError, OutputError, UsageError
 from textgen_cli.events import Event, Notice, silent
 from textgen_cli.finetune.check import checked, refusal
-from textgen_cli.finetune.memory import context_of
 from textgen_cli.finetune.prepared import Prepared
 from textgen_cli.finetune.spool import working_folder
+from textgen_cli.model.anatomy import context_of
 
 SmallModel = Callable[..., Path]
 Prepare = Callable[..., Prepared]
@@ -331,7 +331,10 @@ def test_weights_in_the_estimate_are_those_of_the_network(
         4 * weights,
         8 * weights,
     )
-    assert memory["peak"] == sum(value for name, value in memory.items() if name != "peak")
+    # Gradients come while activations go: at the peak one of them is there in full, and a little of the other.
+    moving = memory["peak"] - sum(memory[name] for name in ("libraries", "weights", "optimizer"))
+    least = max(memory["activations"] + memory["logits"], memory["gradients"])
+    assert least <= moving <= 1.2 * (memory["activations"] + memory["logits"] + memory["gradients"])
 
 
 def test_an_adapter_takes_what_its_matrices_take(

@@ -301,7 +301,7 @@ def entry(exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Entry
     return Entry(
         name="tiny", summary="", licence="Apache-2.0", languages=("en",), parameters=0, context_length=128,
         requirement="tiny-model==0.1", wheel_sha256=cache.sha256(wheel), member=wheels.MEMBER,
-        member_size=exact.stat().st_size, member_sha256=cache.sha256(exact),
+        member_size=exact.stat().st_size, member_sha256=cache.sha256(exact), config={},
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import select
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ class Done:
     returncode: int
     stdout: bytes
     stderr: bytes
+    peak: int = field(
+        default=0, compare=False
+    )  # bytes of memory it held at most; of what it was born with, what it touched
 
 
 class Program:
@@ -48,11 +51,11 @@ class Program:
         child = int(pipes.stdout.readline())
         if kill_after is not None and not select.select([pipes.stdout], [], [], kill_after)[0]:
             os.kill(child, signal.SIGKILL)
-        status = int(pipes.stdout.readline())
+        status, peak = map(int, pipes.stdout.readline().split())
         out, err = (Path(name).read_bytes() for name in names[1:])
         for name in names:
             Path(name).unlink()
-        return Done(status, out, err)
+        return Done(status, out, err, peak)
 
     def close(self) -> None:
         self._process.communicate()
@@ -71,8 +74,8 @@ def _serve() -> None:
             _become(json.loads(line))
         sys.stdout.write(f"{child}\n")
         sys.stdout.flush()
-        _, status = os.waitpid(child, 0)
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        _, status, used = os.wait4(child, 0)
+        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)} {used.ru_maxrss * 1024}\n")
         sys.stdout.flush()
 
 

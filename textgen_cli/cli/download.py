@@ -16,9 +16,8 @@ from textgen_cli.cli.console import Output, Reporter, reporter, require_stdout, 
 from textgen_cli.cli.flags.opt import catalogue
 from textgen_cli.cli.options import command
 from textgen_cli.config import DownloadConfig, option_name
-from textgen_cli.config.download import MODES
 from textgen_cli.errors import TextgenError, UsageError
-from textgen_cli.text.figures import shown
+from textgen_cli.text.figures import scaled, shown, size
 
 EXAMPLES = """\
 Examples:
@@ -33,6 +32,12 @@ textgen download org/name --quantize int4 --to ./small
 
 textgen download --list
 
+textgen download org/name --info
+
+textgen download org/name --for finetune --method lora --length 512
+
+textgen download --catalog translation
+
 ls "$(textgen download)\""""
 
 NAMELESS = ("list", "clean")  # modes that are about no model
@@ -41,7 +46,9 @@ NAMELESS = ("list", "clean")  # modes that are about no model
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="MODEL", help="The model it is about, named as with --model.", autocompletion=catalogue
+        metavar="MODEL",
+        help="The model it is about, named as with --model; with --catalog a use.",
+        autocompletion=catalogue,
     ),
 ]
 
@@ -50,7 +57,7 @@ ModelArgument = Annotated[
 def download(config: DownloadConfig, name: ModelArgument = None) -> None:
     """Fetch a model, check it, and print the folder where it lies; or look after the models that are here."""
     require_stdout()
-    mode = next((mode for mode in MODES if getattr(config.keeping, mode)), None)
+    mode = next(iter(config.modes), None)
     if name is not None and mode in NAMELESS:
         raise UsageError("E-USAGE", option_name(str(mode)), "takes no MODEL")
     if name is None and mode == "remove":
@@ -60,6 +67,10 @@ def download(config: DownloadConfig, name: ModelArgument = None) -> None:
     with reporter(config.verbose) as report:
         if mode == "list":
             _list(config)
+        elif mode == "catalog":
+            _catalog(config, name)
+        elif mode in ("info", "for_"):
+            _info(config, name, report)
         elif mode == "verify":
             _verify(config, name, report)
         elif mode is not None:
@@ -134,6 +145,56 @@ def _shortened(row: dict[str, Any]) -> dict[str, Any]:
     return {name: "" if value is None else value for name, value in row.items()}
 
 
+def _catalog(config: DownloadConfig, use: str | None) -> None:
+    """Models worth knowing, all of them or those for a use."""
+    from textgen_cli.download.known import USES, chosen
+    from textgen_cli.model import room
+
+    if use is not None and use not in USES:
+        raise UsageError("E-USAGE", "--catalog", f"knows no use {use!r}", hint=f"one of {', '.join(USES)}")
+    free = room.free()
+    rows = [model.fields(free) for model in chosen(use)]
+    output = Output()
+    if config.json:
+        output.write("".join(map(_json, rows)))
+    elif os.isatty(1):
+        _table(output, map(_short, rows))
+        output.write(f"memory: the weights; fits: into the {size(free)} that are free here\n" if free else "")
+    else:
+        _table(output, rows)
+
+
+def _short(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the catalogue as a terminal has room for it."""
+    return {
+        "model": row["model"],
+        "use": row["use"],
+        "size": scaled(row["parameters"]),
+        "memory": size(row["memory"]),
+        "fits": {True: "yes", False: "no", None: "?"}[row["fits"]],
+        "licence": row["licence"] + (" (gated)" if row["gated"] else ""),
+        "languages": " ".join(row["languages"][:3]) + (" …" if len(row["languages"]) > 3 else ""),
+        "good for": row["good_for"],
+    }
+
+
+def _info(config: DownloadConfig, name: str | None, report: Reporter) -> None:
+    """What is known of each model that is meant, or what work with it takes."""
+    from textgen_cli.cli import knowing
+    from textgen_cli.download.run import names
+    from textgen_cli.model.inspect import inspect
+
+    output = Output(before_terminal=report.stop)
+    for one in names(config, name):
+        if config.knowing.for_ is None:
+            fields, lines = inspect(_named(config, one).model, report).fields(), knowing.lines
+        else:
+            from textgen_cli.download.work import estimate
+
+            fields, lines = estimate(_named(config, one), report), knowing.work_lines
+        output.write(_json(fields) if config.json else "".join(lines(fields)))
+
+
 def _verify(config: DownloadConfig, name: str | None, report: Reporter) -> None:
     """A line for each model; exit code of the worst problem, the problems themselves on stderr."""
     from textgen_cli.download.run import names
@@ -188,13 +249,8 @@ def _table(output: Output, rows: Iterable[Mapping[str, Any]]) -> None:
         return
     from textgen_cli.cli.render import listing
 
-    sized = [{k: size(v) if k in ("bytes", "size") else v for k, v in row.items()} for row in rows]
+    sized = [
+        {k: size(v) if k in ("bytes", "size") and isinstance(v, int) else v for k, v in row.items()}
+        for row in rows
+    ]
     output.write("".join(f"{line}\n" for line in listing(sized, shutil.get_terminal_size().columns)))
-
-
-def size(count: int) -> str:
-    """`98.4 MB`: bytes as people read them."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"

@@ -109,6 +109,10 @@ def _check(config: FinetuneConfig, inputs: list[Path], report: Report, before: C
 
     with checked(config, inputs, report) as prepared:
         facts = prepared.facts
+        if "flops" in facts:
+            from textgen_cli.finetune.measure import pace
+
+            facts |= pace(config, facts)
     if _speaks():
         Output(before).write("".join(f"{line}\n" for line in _lines(facts)))
     if error := refusal(facts, config.data):

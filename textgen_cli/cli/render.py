@@ -286,6 +286,14 @@ def pairs(figures: Mapping[str, Any]) -> Iterator[str]:
         yield _fill(name, names, True) + GAP + " " * blanks + value
 
 
+def aligned(rows: Sequence[tuple[str, str]], width: int) -> Iterator[str]:
+    """Lines "name  value" of at most `width` cells, the values under one another; blanks before a value stay."""
+    drawn = [(visible(name), visible(value)) for name, value in rows]
+    names = max((cell_len(name) for name, _ in drawn), default=0)
+    for name, value in drawn:
+        yield cut(_fill(name, names, True) + GAP + value, width)
+
+
 def _value(value: Any) -> str:
     return _BLANKS.sub(" ", visible(shown(value)))
 

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from textgen_cli.config.shared import ModelConfig, option_name
+from textgen_cli.config.shared import ModelConfig, check_range, option_name
 from textgen_cli.errors import UsageError
 
 # What a run may do instead of fetching a model; one of them.
-MODES = ("list", "verify", "remove", "clean")
+MODES = ("list", "verify", "remove", "clean", "info", "for_", "catalog")
 
 _FILES = ("include", "exclude", "all_files", "lock")
 _OPTIONS = (*_FILES, "to", "compile", "convert", "quantize", "adapter", "dry_run")
@@ -18,6 +19,9 @@ EXCLUDED = {
     "verify": _OPTIONS,
     "remove": _ALL,
     "clean": _ALL,
+    "info": _OPTIONS,
+    "for_": tuple(name for name in _OPTIONS if name != "quantize"),
+    "catalog": _OPTIONS,
     "compile": (*_FILES, "to", "convert", "adapter", "dry_run"),
     "convert": (*_FILES, "dry_run"),
     "quantize": (*_FILES, "dry_run"),
@@ -55,12 +59,37 @@ class KeepingConfig:
 
 
 @dataclass(frozen=True)
+class KnowingConfig:
+    """What is asked about a model before it comes."""
+
+    info: bool = False
+    for_: Literal["generate", "score", "finetune"] | None = None  # what it takes to do this with it
+    method: Literal["full", "lora", "qlora"] | None = None  # finetune: which weights learn; None: all
+    batch: int | None = None  # rows computed together; None: what the command chooses on a CPU
+    length: int | None = None  # tokens of a row; None: the context, 1,024 at most
+    recompute: bool = False  # finetune: gradient checkpointing
+    catalog: bool = False  # models worth knowing
+
+    def __post_init__(self) -> None:
+        check_range(self, "batch", 1, 1_000_000)
+        check_range(self, "length", 1, 100_000_000)
+        of_any = {"batch": self.batch, "length": self.length}
+        of_training = {"method": self.method, "recompute": self.recompute}
+        for name, value in {**of_any, **of_training}.items():
+            if value and self.for_ is None:
+                raise UsageError("E-CONFLICT", option_name(name), "needs --for")
+            if value and name in of_training and self.for_ != "finetune":
+                raise UsageError("E-CONFLICT", option_name(name), "needs --for finetune")
+
+
+@dataclass(frozen=True)
 class DownloadConfig:
     """`textgen download`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     getting: GettingConfig = field(default_factory=GettingConfig)
     keeping: KeepingConfig = field(default_factory=KeepingConfig)
+    knowing: KnowingConfig = field(default_factory=KnowingConfig)
     json: bool = False  # one JSON object a line
     verbose: bool = False  # tell what is chosen and done
 
@@ -81,9 +110,15 @@ class DownloadConfig:
         if self.model.locked is not None and self.getting.chooses:
             raise UsageError("E-CONFLICT", self.getting.chooses, "cannot be used with --locked")
 
+    @property
+    def modes(self) -> list[str]:
+        """Those of MODES that are asked for; no config that was made has more than one."""
+        parts = (self.keeping, self.knowing)
+        return [name for name in MODES if any(getattr(part, name, None) for part in parts)]
+
     def _does(self) -> str | None:
         """What a run does, by the option that says it; None: it fetches a model."""
-        modes = [name for name in MODES if getattr(self.keeping, name)]
+        modes = self.modes
         if len(modes) > 1:
             raise _conflict(modes[1], modes[0])
         others = [name for name in ("compile", "convert") if getattr(self.keeping, name)]

@@ -18,12 +18,13 @@ import transformers
 
 from textgen_cli.config.finetune import FinetuneConfig
 from textgen_cli.errors import ModelError, UsageError
-from textgen_cli.events import Notice, Progress, Report
+from textgen_cli.events import Notice, Progress, Report, silent
 from textgen_cli.finetune.encode import DEFAULT_LENGTH, ENCODERS, Setting
-from textgen_cli.finetune.memory import context_of, estimate
+from textgen_cli.finetune.memory import estimate
 from textgen_cli.finetune.plan import batch_rows
 from textgen_cli.finetune.prepared import Prepared
-from textgen_cli.model import device
+from textgen_cli.finetune.ways import FAMILIES
+from textgen_cli.model import anatomy, device, speed
 from textgen_cli.model.check import Checked, check_folder
 from textgen_cli.model.load import load_tokenizer
 from textgen_cli.model.source import locate
@@ -31,6 +32,7 @@ from textgen_cli.model.tokenizer import Tokenizer
 
 NO_LIMIT = 1 << 30  # tokens
 LONGEST = 20  # examples that are named
+GLANCE = 0.5  # seconds of measuring
 PULSE = 1000  # examples between two events of progress
 
 
@@ -70,7 +72,7 @@ def measured(
         raise ModelError("E-TOKENIZER", located.label, "has no tokenizer")
     transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
     tokenizer = load_tokenizer(located.folder, located.label)
-    limit = _limit(config, None if scratch else context_of(checked.config))
+    limit = _limit(config, None if scratch else anatomy.context_of(checked.config))
     found = _lengths(prepared, tokenizer, limit, report)
     if found.short:
         report(Notice(f"{found.short:,} examples are too short to learn from and left out", "W-SHORT"))
@@ -134,7 +136,7 @@ def _token_facts(found: Lengths, limit: int) -> dict[str, Any]:
 def _run_facts(
     config: FinetuneConfig, prepared: Prepared, found: Lengths, limit: int, checked: Checked | None
 ) -> dict[str, Any]:
-    """Steps and memory; how long it takes is not known before a step is measured."""
+    """Steps, memory and operations; how long these take is for `pace` to measure."""
     if not found.rows:
         return {}
     placement = device.place(config.model, "finetune")
@@ -147,12 +149,30 @@ def _run_facts(
     facts: dict[str, Any] = {"steps": {"batch": batch, "rows": len(rows), "an_epoch": an_epoch, "all": steps}}
     if checked is None:
         return facts
-    memory = estimate(
+    memory, operations = estimate(
         checked,
         config.way,
-        prepared.task,
-        batch * max(rows),
+        FAMILIES[prepared.task],
+        batch,
+        max(rows),
         half=placement.dtype == torch.bfloat16,
-        checkpointing=config.training.recompute,
+        recompute=config.training.recompute,
     )
-    return facts | ({"memory_bytes": memory} if memory else {})
+    if not memory:
+        return facts
+    a_token = operations / (batch * max(rows))
+    passes = steps * config.training.accumulate * batch / len(rows)
+    return facts | {"memory_bytes": memory, "flops": round(a_token * sum(rows) * passes)}
+
+
+def pace(config: FinetuneConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """How long a training of these facts takes on this machine, about, by what a glance at it measures."""
+    if "flops" not in facts:
+        return {}
+    located = locate(config.model, silent)
+    sizes = anatomy.sizes(check_folder(located.folder).config)
+    assert sizes is not None  # what is counted has sizes
+    tokens = facts["steps"]["batch"] * min(facts["tokens"]["max"], facts["tokens"]["limit"])
+    placement = device.place(config.model, "finetune")
+    rate = speed.operations(placement, tokens, sizes.hidden, sizes.inner, learns=True, seconds=GLANCE)
+    return {"seconds": round(facts["flops"] / rate, 1)}

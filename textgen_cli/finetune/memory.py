@@ -1,64 +1,47 @@
-"""What a training takes of memory at its peak, estimated from a config and the headers of weights; none is read.
+"""What a training takes of memory at its peak, from a config and the headers of weights; none is read.
 
-peak = weights + gradients + optimizer + activations + logits, in bytes, where
-
-    weights      4 a parameter, 2 where an adapter learns beside weights in bfloat16
-    gradients    4 a parameter that learns
-    optimizer    8 a parameter that learns: the two moments of AdamW in float32
-    activations  B·T · layers · (8·H + 4·I) · b: what one layer keeps for the way back; with gradient checkpointing
-                 B·T · (layers · H + 8·H + 4·I) · b: its input, and all of the one layer under way
-    logits       B·T · V · 12: logits, their log-softmax and their gradient in float32; 0 where a head is small
-
-with B·T the padded tokens of a batch, H the hidden size, I that of the feed-forward part, V the vocabulary and b bytes
-of a number (4, or 2 in bfloat16). Attention is taken to keep no matrix of T·T. Libraries and buffers are not counted.
-Against the peaks of a Llama of 135M parameters in float32 it is within 2 %: 1,024 tokens with and without gradient
-checkpointing, and 256.
+The arithmetic is that of `model/cost.py`; here stands which weights learn, by the way of training.
 """
 
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from textgen_cli.config.finetune import WayConfig
+from textgen_cli.model import anatomy, cost, room
 from textgen_cli.model.check import Checked
+from textgen_cli.model.cost import Network, Work
+from textgen_cli.model.family import Family
 from textgen_cli.model.weights import Tensor, read_header
 
-VOCABULARY_TASKS = (
-    "clm",
-    "mlm",
-    "chat",
-    "seq2seq",
-)  # their heads give a number for each token of the vocabulary
 _EMBEDDINGS = re.compile(r"embed|\bwte\b|\bwpe\b|lm_head|\bshared\b")
 _LAYER = re.compile(r"\.(?:layers?|h|block)\.(\d+)\.")
 
 
 def estimate(
-    checked: Checked, way: WayConfig, task: str, tokens: int, *, half: bool, checkpointing: bool
-) -> dict[str, int]:
-    """The parts of the peak in bytes and their sum, for batches of so many padded tokens.
+    checked: Checked, way: WayConfig, family: Family, rows: int, length: int, *, half: bool, recompute: bool
+) -> tuple[dict[str, int], int]:
+    """The peak in bytes with its parts, and the operations of one batch of so many rows of padded tokens.
 
-    half: computes in bfloat16. Empty where the config does not tell the sizes.
+    half: computes in bfloat16. ({}, 0) where the config does not tell the sizes.
     """
     tensors: dict[str, Tensor] = {}
     for path in checked.weights:
         tensors |= read_header(path)
-    total = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    learning = _learning(tensors, way)
-    kept = _activations(checked.config, tokens, 2 if half else 4, checkpointing)
-    if kept is None:
-        return {}
-    adapter = way.lora is not None
-    vocabulary = int(_sizes(checked.config).get("vocab_size") or 0) if task in VOCABULARY_TASKS else 0
-    parts = {
-        "weights": total * (2 if adapter and half else 4) + (learning * 4 if adapter else 0),
-        "gradients": learning * 4,
-        "optimizer": learning * 8,
-        "activations": kept,
-        "logits": tokens * vocabulary * 12,
-    }
-    return {"peak": sum(parts.values()), **parts}
+    sizes = anatomy.sizes(checked.config)
+    if sizes is None:
+        return {}, 0
+    network = Network(checked.config, family, sizes, anatomy.count(tensors, checked.config, family))
+    work = Work(
+        job="finetune",
+        batch=rows,
+        length=length,
+        dtype="bfloat16" if half else "float32",
+        method="full" if way.lora is None else "lora",
+        recompute=recompute,
+    )
+    memory = cost.learning(network, work, _learning(tensors, way), room.taken() or 0)
+    return memory, int(cost.operations(network, work)["flops"])
 
 
 def _learning(tensors: Mapping[str, Tensor], way: WayConfig) -> int:
@@ -84,42 +67,3 @@ def _adapted(name: str, tensor: Tensor, way: WayConfig) -> bool:
     if way.lora_targets is not None:
         return name.split(".")[-2:-1] != [] and name.split(".")[-2] in way.lora_targets.split(",")
     return not _EMBEDDINGS.search(name)
-
-
-def _sizes(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else config
-
-
-def _activations(config: Mapping[str, Any], tokens: int, width: int, checkpointing: bool) -> int | None:
-    sizes = _sizes(config)
-
-    def first(*names: str) -> int | None:
-        return next((sizes[name] for name in names if isinstance(sizes.get(name), int)), None)
-
-    hidden = first("hidden_size", "n_embd", "d_model", "dim")
-    layers = first("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers")
-    if hidden is None or layers is None:
-        return None
-    layers += first("num_decoder_layers", "decoder_layers") or 0 if config.get("is_encoder_decoder") else 0
-    inner = first("intermediate_size", "n_inner", "d_ff", "hidden_dim", "encoder_ffn_dim") or 4 * hidden
-    one = 8 * hidden + 4 * inner
-    return tokens * width * (layers * hidden + one if checkpointing else layers * one)
-
-
-# Where configs keep the longest input; None: no limit.
-_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-_OFFSET_KINDS = re.compile(
-    r"roberta|camembert|longformer|mpnet|\besm\b"
-)  # positions begin behind the padding's own
-
-
-def context_of(config: Mapping[str, Any]) -> int | None:
-    """The longest input in tokens that a config states."""
-    sizes = _sizes(config)
-    values = (sizes.get(name) for name in _CONTEXT_FIELDS)
-    found = next((value for value in values if isinstance(value, int) and value > 0), None)
-    if found is not None and _OFFSET_KINDS.search(str(config.get("model_type"))):
-        padding = config.get("pad_token_id")
-        return found - (padding if isinstance(padding, int) else 1) - 1
-    return found

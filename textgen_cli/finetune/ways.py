@@ -17,10 +17,10 @@ from textgen_cli.errors import ModelError, UsageError
 from textgen_cli.events import Notice, Report
 from textgen_cli.finetune import scratch
 from textgen_cli.finetune.encode import Encoded
-from textgen_cli.finetune.memory import context_of
 from textgen_cli.finetune.prepared import Prepared
 from textgen_cli.finetune.report import model_name
 from textgen_cli.model import device
+from textgen_cli.model.anatomy import context_of
 from textgen_cli.model.load import HEADS, Family, Head, load, quiet
 from textgen_cli.model.tokenizer import Tokenizer
 

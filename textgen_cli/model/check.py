@@ -89,8 +89,7 @@ def _check(folder: Path) -> Checked:
         if "adapter_config.json" in names:
             raise no_weights(folder.name, names)
         raise ModelError("E-CONFIG", "config.json", "is not in the model folder")
-    _check_settings("config.json", config)
-    notices += _check_type(config)
+    notices += check_config(config)
     for name in sorted(names & {"tokenizer_config.json", "generation_config.json"}):
         settings = read_json(folder / name, "E-TOKENIZER" if name.startswith("tok") else "E-CONFIG")
         _check_settings(name, settings)
@@ -101,6 +100,12 @@ def _check(folder: Path) -> Checked:
     _check_sizes(config, tensors)
     notices += _ignored(folder, names)
     return Checked(folder, config, weights, bool(names & TOKENIZERS), tuple(notices))
+
+
+def check_config(config: dict[str, Any]) -> list[Notice]:
+    """Check what a config.json says by itself. ModelError E-CONFIG, E-ARCH, E-QUANTIZATION; SafetyError."""
+    _check_settings("config.json", config)
+    return _check_type(config)
 
 
 def _names(folder: Path) -> set[str]:

@@ -248,7 +248,8 @@ def call(ask: Callable[[], T], where: Place, revision: str | None, *, pauses: It
             with mapped(where, revision):
                 return ask()
         except wire.Passing as error:
-            refused = isinstance(error.__cause__, errors.HfHubHTTPError | httpx2.ReadError)
+            broken = httpx2.ReadError | httpx2.RemoteProtocolError
+            refused = isinstance(error.__cause__, errors.HfHubHTTPError | broken)
             pause = next(remaining, None) if refused else None
             if pause is None:
                 raise error.final() from error.__cause__

@@ -107,6 +107,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of the device's own memory that are free; None where it shares that of the machine."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 def release(device: torch.device) -> None:
     """Give cached device memory back, so that a smaller attempt finds room."""
     if device.type == "cuda":

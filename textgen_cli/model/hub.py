@@ -68,15 +68,34 @@ def fetch(
     Raises NetworkError, UsageError, SafetyError E-PICKLE, ModelError (E-HASH, E-WEIGHTS, E-ADAPTER) and
     OutputError (E-SPACE, E-WRITE, E-NO-HOME).
     """
+    cached, where = whereabouts(repo, revision, offline=offline, report=report, mirror=mirror)
+    if where is not None:
+        named = revision is None or not COMMIT.fullmatch(revision)
+        if not snapshot.whole(cached, listed=True):
+            _complete(where, _plan(where, cached, Wanted()), report)
+            if named:
+                _drop_parts(cached.home)
+        if named:
+            snapshot.write_ref(cached.home, revision or "main", cached.commit)
+    return Snapshot(cached.folder, cached.commit, repo)
+
+
+def whereabouts(
+    repo: str, revision: str | None, *, offline: bool, report: Report, mirror: str | None = None
+) -> tuple[Cached, Place | None]:
+    """The commit that a revision means, and where to ask for what is not here; None: it is whole in the cache.
+
+    Raises NetworkError, UsageError and ModelError E-HASH as `fetch` does.
+    """
     home = home_of(repo)
     pinned = revision if revision and COMMIT.fullmatch(revision) else None
     known = pinned or snapshot.ref(home, revision or "main")
     if offline or client.is_offline():
         if known and snapshot.whole(Cached(home, known), listed=False):
-            return Snapshot(Cached(home, known).folder, known, repo)
+            return Cached(home, known), None
         raise offline_error(repo)
     if pinned and snapshot.whole(Cached(home, pinned), listed=True):
-        return Snapshot(Cached(home, pinned).folder, pinned, repo)
+        return Cached(home, pinned), None
     where = client.place(repo, mirror, report)
     try:
         commit = _resolve(where, revision, patient=known is None)
@@ -88,15 +107,8 @@ def fetch(
         ):
             raise
         report(Notice(f"{repo}: {error.fact}; using commit {known[:12]} from the cache", "W-CACHED-REVISION"))
-        return Snapshot(Cached(home, known).folder, known, repo)
-    cached = Cached(home, commit)
-    if not snapshot.whole(cached, listed=True):
-        _complete(where, _plan(where, cached, Wanted()), report)
-        if not pinned:
-            _drop_parts(home)
-    if not pinned:
-        snapshot.write_ref(home, revision or "main", commit)
-    return Snapshot(cached.folder, commit, repo)
+        return Cached(home, known), None
+    return Cached(home, commit), where
 
 
 def plan(
@@ -171,13 +183,17 @@ def _resolve(where: Place, revision: str | None, *, patient: bool) -> str:
 
 def _plan(where: Place, cached: Cached, wanted: Wanted) -> Plan:
     """The files of a commit that are wanted, and which of them are missing."""
-    found = client.tree(where, cached.commit, deep=not wanted.is_default)
-    listed = [_file(where.repo, *entry) for entry in found]
+    listed = listing(where, cached.commit, deep=not wanted.is_default)
     files, refused = (
         (loadable(where.repo, listed), []) if wanted.is_default else choose(where.repo, listed, wanted)
     )
     missing = [file for file in files if not snapshot.present(cached, file)]
     return Plan(cached, tuple(files), tuple(missing), tuple(refused))
+
+
+def listing(where: Place, commit: str, *, deep: bool = False) -> list[File]:
+    """The files of a commit, as the server lists them; `deep`: those in folders, too. NetworkError."""
+    return [_file(where.repo, *entry) for entry in client.tree(where, commit, deep=deep)]
 
 
 def _file(repo: str, name: str, size: Any, digest: Any, is_sha256: bool) -> File:

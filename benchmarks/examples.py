@@ -141,7 +141,7 @@ def _commonest_tags(learnt: Sequence[dict[str, Any]], held: Sequence[dict[str, A
 # --- running text
 
 
-def plays(folder: Path, each: int = 6000, valid: int = 12000) -> Examples:
+def plays(folder: Path, each: int = 12000, valid: int = 12000) -> Examples:
     """Characters from the midst of every play, and of two plays none of which is learnt."""
     texts = {
         Path(name).name.removesuffix("_gut.txt"): content.decode("latin-1").replace("\r\n", "\n")

@@ -294,8 +294,6 @@ OPTIONS: dict[str, Opt] = {
     "keep": Opt(TRAINING, "Checkpoints that stay besides the best.", metavar="N"),
     "finetune.seed": Opt(TRAINING, "Start of everything random.", metavar="N"),
     "report_to": Opt(TRAINING, "A tracker of transformers' Trainer, such as tensorboard.", metavar="NAME"),
-    "fsdp": Opt(TRAINING, "FSDP settings for several processes.", metavar="FILE"),
-    "deepspeed": Opt(TRAINING, "DeepSpeed settings for several processes.", metavar="FILE"),
     "finetune.output": Opt(
         RESULT, "Folder of the finished model, there whole or not at all.", short="-o", metavar="DIR"
     ),

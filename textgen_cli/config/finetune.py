@@ -96,8 +96,6 @@ class TrainingConfig:
     keep: int = 2  # checkpoints besides the best
     seed: int = 0
     report_to: str = "none"  # passed through to the Trainer
-    fsdp: Path | None = None
-    deepspeed: Path | None = None
 
     def __post_init__(self) -> None:
         check_range(self, "learning_rate", 0, 100, open_low=True)

@@ -91,7 +91,7 @@ class Course(Trainer):
     def begin_anew(self) -> None:
         """Forget that the network was made ready to be evaluated: the library would take it as ready to learn, and
         of several processes each would go its own way without a word."""
-        if self.group.size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.group.size > 1:
             self.accelerator._models.clear()
             vars(self.model).pop("_is_accelerate_prepared", None)
         self.state.log_history.clear()

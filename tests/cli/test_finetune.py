@@ -108,7 +108,11 @@ def test_one_of_several_processes_speaks(program: Run, work: Path) -> None:
 
 @pytest.mark.parametrize("option", ["--use_fsdp", "--use_deepspeed"])
 def test_a_launcher_that_divides_the_weights_is_refused(option: str, program: Run, work: Path) -> None:
-    arguments = launch_command_parser().parse_args([option, "--num_processes", "2", "-m", "textgen_cli"])
+    given = (
+        "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0 x"
+    )
+    arguments = launch_command_parser().parse_args([option, *given.split()])
+    arguments.deepspeed_fields_from_accelerate_config = ""  # set where its own settings are merged in
     prepare: Any = prepare_deepspeed_cmd_env if "deepspeed" in option else prepare_multi_gpu_env
     found = prepare(arguments)
     told = {k: v for k, v in (found[1] if isinstance(found, tuple) else found).items() if "ACCELERATE" in k}

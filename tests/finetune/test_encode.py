@@ -30,8 +30,8 @@ MARKED = {  # the same templates, with what the assistant says marked for the li
     ),
     CHATML: (
         "{% for m in messages %}<|begin|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
-        "{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>{% endif %}\n"
-        "{% endfor %}{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}"
+        "{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>{% endif %}"
+        "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}"
     ),
 }
 FORGETFUL = (  # writes an answer otherwise once something follows it

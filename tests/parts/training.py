@@ -109,7 +109,9 @@ class Trainings:
         environment |= {
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            "MALLOC_MMAP_THRESHOLD_": "65536",  # tensors go back to the system: see _no_more_memory
+            # Tensors go back to the system, and nothing is held in reserve: see _no_more_memory.
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "MALLOC_ARENA_MAX": "1",
             "PYTHONPATH": str(Path(__file__).parents[1]),
         }
         self._process = subprocess.Popen(

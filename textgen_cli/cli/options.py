@@ -278,6 +278,12 @@ OPTIONS: dict[str, Opt] = {
     "finetune.max_time": Opt(TRAINING, "Stop after so many seconds.", metavar="SECONDS"),
     "finetune.batch_size": Opt(TRAINING, "Examples of one step, or auto.", metavar="N"),
     "accumulate": Opt(TRAINING, "Add up the gradients of N batches before each step.", metavar="N"),
+    "order": Opt(
+        TRAINING,
+        "Rows of like length in a batch, or random ones; else the first, from scratch the second.",
+        metavar="NAME",
+        complete=words("length", "random"),
+    ),
     "schedule": Opt(
         TRAINING,
         "How the learning rate goes on: linear, cosine or constant.",

@@ -171,7 +171,7 @@ def prose(folder: Path, train: int = 3000, valid: int = 500) -> Examples:
     return Examples(found.train, found.valid, {})
 
 
-def talks(folder: Path, train: int = 300, valid: int = 60, turns: int = 6) -> Examples:
+def talks(folder: Path, train: int = 160, valid: int = 40, turns: int = 6) -> Examples:
     """The beginnings of conversations between two people; the second one is who is learnt from."""
     ((_, content),) = members("talks", suffix="dataset.json")
     rows = []

@@ -52,7 +52,7 @@ ROWS = {
     "plays": Row("Shakespeare, two plays held out", examples.plays, "default",
                  f"--lora 16 --max-length 256 --batch-size 2 --epochs 1 --learning-rate 1e-3 {HALF}",
                  "perplexity", 2 / 3),
-    "talks": Row("conversations (300), answers alone", examples.talks, "default",
+    "talks": Row("conversations (160), answers alone", examples.talks, "default",
                  f"--lora 16 --max-length 256 --truncate --batch-size 8 --epochs 1 --learning-rate 5e-4 {HALF}",
                  "perplexity", 2 / 3, needed=False),
     "prose": Row("masked words of edited prose", examples.prose, "bert",

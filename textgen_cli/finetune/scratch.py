@@ -87,8 +87,8 @@ def _of_preset(name: str, family: Family) -> dict[str, Any]:
             "tie_word_embeddings": True,
         }
     if family == "seq2seq":
-        # Not T5: its queries begin so small and its embeddings so large, which suits Adafactor, that AdamW makes of it
-        # a network that knows a language's grammar and not which word stands for which.
+        # Not T5: by AdamW it learns far later which word of one text stands for which of the other (docs/results.md).
+        # Its queries begin small and its embeddings large, which suits Adafactor, whose steps are in proportion.
         return {
             "model_type": "bart",
             "d_model": width,

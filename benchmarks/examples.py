@@ -141,7 +141,7 @@ def _commonest_tags(learnt: Sequence[dict[str, Any]], held: Sequence[dict[str, A
 # --- running text
 
 
-def plays(folder: Path, each: int = 6000, valid: int = 12000) -> Examples:
+def plays(folder: Path, each: int = 12000, valid: int = 12000) -> Examples:
     """Characters from the midst of every play, and of two plays none of which is learnt."""
     texts = {
         Path(name).name.removesuffix("_gut.txt"): content.decode("latin-1").replace("\r\n", "\n")
@@ -171,7 +171,7 @@ def prose(folder: Path, train: int = 3000, valid: int = 500) -> Examples:
     return Examples(found.train, found.valid, {})
 
 
-def talks(folder: Path, train: int = 600, valid: int = 100, turns: int = 6) -> Examples:
+def talks(folder: Path, train: int = 160, valid: int = 40, turns: int = 6) -> Examples:
     """The beginnings of conversations between two people; the second one is who is learnt from."""
     ((_, content),) = members("talks", suffix="dataset.json")
     rows = []

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from parts.program import Done, Program
 
 from textgen_cli.cli import live
@@ -102,6 +104,22 @@ def test_one_of_several_processes_speaks(program: Run, work: Path) -> None:
     done = program(work, "finetune", "-", "--check", stdin=piped, WORLD_SIZE="2")
     assert done.returncode == 2
     assert b"[E-CONFLICT] -: several processes cannot share" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--use_fsdp", "--use_deepspeed"])
+def test_a_launcher_that_divides_the_weights_is_refused(option: str, program: Run, work: Path) -> None:
+    given = (
+        "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0 x"
+    )
+    arguments = launch_command_parser().parse_args([option, *given.split()])
+    arguments.deepspeed_fields_from_accelerate_config = ""  # set where its own settings are merged in
+    prepare: Any = prepare_deepspeed_cmd_env if "deepspeed" in option else prepare_multi_gpu_env
+    found = prepare(arguments)
+    told = {k: v for k, v in (found[1] if isinstance(found, tuple) else found).items() if "ACCELERATE" in k}
+    done = program(work, "finetune", "reviews.csv", "-m", "./base", "-o", "out", **told)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert f"[E-CONFLICT] accelerate launch {option}: ".encode() in done.stderr
+    assert not list(work.glob("out*"))
 
 
 def test_check_tells_of_the_data(program: Run, work: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parts.faults import small_disk
+from parts.faults import need, small_disk
 from parts.training import Trainings, configured
 from safetensors.torch import load_file
 
@@ -105,6 +105,24 @@ def test_an_adapter_goes_on_as_well(
         assert trainings(folder, task, again) == (0, "", "")
         found.append(weights(folder / "out"))
     assert found[0] == found[1]
+
+
+def test_rows_in_random_order_go_on_as_well(
+    trainings: Trainings, unbroken: Unbroken, small_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    found = []
+    for name in ("whole", "broken"):
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = {"training": {"order": "random"}}
+        config = config_of(small_model("gpt2"), folder / "out", **settings)
+        hurt = {"signum": signal.SIGKILL, "step": 5} if name == "broken" else {}
+        trainings(folder, "clm", config, **hurt)
+        if hurt:
+            config = config_of(small_model("gpt2"), folder / "out", resume=True, **settings)
+            assert trainings(folder, "clm", config) == (0, "", "")
+        found.append(weights(folder / "out"))
+    assert found[0] == found[1] != unbroken("clm")  # which is by length
 
 
 @pytest.mark.slow
@@ -356,6 +374,48 @@ def test_a_full_disk_leaves_the_former_checkpoint(
         assert kept and all(checkpoint.damage(folder) is None for folder in kept)
         assert not list((disk / "out.partial").glob(".saving*"))
         shutil.copytree(disk / "out.partial", tmp_path / "out.partial")
+    config = config_of(small_model("gpt2"), tmp_path / "out", resume=True)
+    assert trainings(tmp_path, "clm", config) == (0, "", "")
+    assert weights(tmp_path / "out") == unbroken("clm")
+
+
+FAILURES = {  # a system call, and the file of the second checkpoint that it concerns
+    "open the weights": ("openat:error=EIO:when=1", ".saving-4/model.safetensors"),
+    "write the optimizer": ("write:error=EIO:when=1", ".saving-4/optimizer.pt"),
+    "write the manifest": ("write:error=EIO:when=1", ".saving-4/manifest.json"),
+    "sync the weights": ("fsync:error=EIO:when=1", ".saving-4/model.safetensors"),
+    "sync the folder": ("fsync:error=EIO:when=1", ".saving-4"),
+    "rename": ("rename:error=EIO:when=1", ".saving-4"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_an_error_of_the_disk_leaves_the_former_checkpoint(
+    failure: str, trainings: Trainings, unbroken: Unbroken, small_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """F116."""
+    need("strace", "-o", os.devnull, "true")
+    rule, below = FAILURES[failure]
+    config = config_of(small_model("gpt2"), tmp_path / "out")
+    status, stdout, stderr = trainings(tmp_path, "clm", config, strace=rule, below=below)
+    assert (status, stdout) == (8, "") and "[E-WRITE]" in stderr, stderr
+    (kept,) = checkpoint.Store(tmp_path / "out").checkpoints()
+    assert kept.name == "checkpoint-2" and checkpoint.damage(kept) is None
+    assert not list((tmp_path / "out.partial").glob(".saving*")) and not (tmp_path / "out").exists()
+    config = config_of(small_model("gpt2"), tmp_path / "out", resume=True)
+    assert trainings(tmp_path, "clm", config) == (0, "", "")
+    assert weights(tmp_path / "out") == unbroken("clm")
+
+
+def test_memory_that_ends_leaves_the_last_checkpoint(
+    trainings: Trainings, unbroken: Unbroken, small_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """F127."""
+    config = config_of(small_model("gpt2"), tmp_path / "out")
+    status, stdout, stderr = trainings(tmp_path, "clm", config, memory=3)
+    assert (status, stdout) == (11, "") and "[E-MEMORY]" in stderr, stderr
+    (kept,) = checkpoint.Store(tmp_path / "out").checkpoints()
+    assert kept.name == "checkpoint-2" and checkpoint.damage(kept) is None
     config = config_of(small_model("gpt2"), tmp_path / "out", resume=True)
     assert trainings(tmp_path, "clm", config) == (0, "", "")
     assert weights(tmp_path / "out") == unbroken("clm")

@@ -22,6 +22,18 @@ CHATML = (
     "{% for m in messages %}<|begin|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}"
 )
+MARKED = {  # the same templates, with what the assistant says marked for the library
+    NO_GENERATION_MARK: (
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
+    CHATML: (
+        "{% for m in messages %}<|begin|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>{% endif %}"
+        "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}"
+    ),
+}
 FORGETFUL = (  # writes an answer otherwise once something follows it
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] if loop.last else '…' }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -90,6 +102,32 @@ def test_an_answer_is_learnt_after_the_very_prompt_that_generate_gives(template:
     ]
     asked = [setting.tokenizer.encode_chat(CONVERSATION[:number]) for number in (2, 4)]
     assert [row["input_ids"][:at] for at in starts] == asked
+
+
+PEACEFUL = [  # the library takes control tokens of users for its own, so there are none
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Who are you?"},
+    {"role": "assistant", "content": "A model.\n\nNo more."},
+    {"role": "user", "content": "Sure?\n"},
+    {"role": "assistant", "content": "Yes: 你好 🙂."},
+]
+
+
+@pytest.mark.parametrize("template", [NO_GENERATION_MARK, CHATML])
+@pytest.mark.parametrize("learns_from_marked", [False, True])
+def test_the_mask_is_the_librarys_own(template: str, learns_from_marked: bool) -> None:
+    """What transformers marks, and trl learns by `assistant_only_loss`."""
+    marked = bytewise(1000, MARKED[template])
+    setting = marked if learns_from_marked else bytewise(1000, template)
+    (row,) = ENCODERS["chat"]({"messages": PEACEFUL}, setting)
+    theirs: Any = marked.backend.apply_chat_template(
+        PEACEFUL, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    length = len(row["input_ids"])
+    assert row["input_ids"] == theirs["input_ids"][:length]
+    mask = [int(label != IGNORED) for label in row["labels"]]
+    assert mask + [0] * (len(theirs["input_ids"]) - length) == theirs["assistant_masks"]
+    assert 0 < sum(mask) < length
 
 
 def test_control_tokens_in_what_people_say_stay_text() -> None:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +21,12 @@ from textgen_cli.finetune import checkpoint
 
 pytestmark = pytest.mark.slow  # each run imports torch three times
 
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-# Without --multi_gpu it starts one process where there is no GPU, whatever number is asked for.
-ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+GUIDE = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
+# The launchers as the guide has them, each as words.
+TORCHRUN, ACCELERATE = (
+    found.split() for found in re.findall(r"^((?:torchrun|accelerate) .*)-m textgen_cli", GUIDE, re.MULTILINE)
+)
+FREE_PORT = ("--main_process_port", "0")
 SETTINGS = ("lines.txt", "--format", "lines", "--from-scratch", "tiny", "--vocab-size", "400",
             "--max-length", "64", "--batch-size", "2", "--threads", "1",
             "--max-steps", "120", "--save-steps", "20", "--eval-steps", "60")  # fmt: skip
@@ -43,8 +47,10 @@ def _work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(folder: Path, launcher: Sequence[str], *args: str) -> subprocess.Popen[str]:
     """`textgen finetune` in two processes; without a launcher in one."""
+    scripts = Path(sysconfig.get_path("scripts"))
+    started = [scripts / launcher[0], *launcher[1:]] if launcher else [sys.executable]
     return subprocess.Popen(
-        [sys.executable, *(("-m", *launcher) if launcher else ()), "-m", "textgen_cli", "finetune", *args],
+        [*started, "-m", "textgen_cli", "finetune", *args],
         cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
@@ -100,12 +106,12 @@ def test_a_signal_to_all_saves_once_and_the_same_weights_come(work: Path) -> Non
 
 def test_accelerate_starts_it_too_and_bad_data_are_told_once(work: Path) -> None:
     (work / "bad.jsonl").write_text('{"text": "a"}\nnot JSON\n')
-    done = start(work, ACCELERATE, "bad.jsonl", "-o", "bad", "--from-scratch", "tiny")
+    done = start(work, [*ACCELERATE, *FREE_PORT], "bad.jsonl", "-o", "bad", "--from-scratch", "tiny")
     out, told = done.communicate(timeout=120)
     assert done.returncode and out == ""
     assert told.count("textgen: error: [E-DATA]") == 1
     assert not (work / "bad.partial").exists()
     few = ("--max-steps", "2", "--save-steps", "1", "-o", "small")
-    done = start(work, ACCELERATE, *SETTINGS[:-6], *few)
+    done = start(work, [*ACCELERATE, *FREE_PORT], *SETTINGS[:-6], *few)
     out, told = done.communicate(timeout=170)
     assert (done.returncode, out) == (0, f"{work / 'small'}\n"), told

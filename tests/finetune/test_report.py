@@ -91,13 +91,13 @@ def test_settings_tell_no_folder_and_no_user() -> None:
         model=ModelConfig(model="/home/anna/models/base", cache_dir=Path("/home/anna/cache")),
         data=DataConfig(valid=(Path("/home/anna/held out.csv"),)),
         way=WayConfig(from_scratch="/home/anna/small.json", tokenizer="./anna/tok"),
-        training=TrainingConfig(fsdp=Path("/home/anna/fsdp.json"), learning_rate=1e-4),
+        training=TrainingConfig(learning_rate=1e-4),
         output=Path("/home/anna/out"),
     )
     told = report.told_settings(config)
     assert "anna" not in json.dumps(told)
     assert told["valid"] == ["held out.csv"]
-    assert (told["from_scratch"], told["tokenizer"], told["fsdp"]) == ("small.json", "tok", "fsdp.json")
+    assert (told["from_scratch"], told["tokenizer"]) == ("small.json", "tok")
     assert (told["learning_rate"], told["seed"]) == (1e-4, 0)
     assert not told.keys() & {"output", "cache_dir", "verbose", "resume"}
 

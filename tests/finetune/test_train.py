@@ -123,6 +123,20 @@ def test_every_task_learns_and_loads_with_the_plain_library(
     assert ours.stamp is not None and ours.stamp.task == task
 
 
+def test_an_encoder_decoder_from_scratch_loads_and_generates_with_the_plain_library(tmp_path: Path) -> None:
+    way = {"from_scratch": "tiny", "vocab_size": 400}
+    config = configured(tmp_path, tmp_path / "out", way=way, training={"epochs": 1})
+    out = fit(config, [], prepared("seq2seq"), silent)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    net, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(out, output_loading_info=True)
+    assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
+    source = tokenizer(EXAMPLES["seq2seq"](1)["source"], return_tensors="pt")
+    found = net.generate(**source, max_new_tokens=8, do_sample=False)[0].tolist()
+    assert found[0] == tokenizer.pad_token_id and len(found) > 1
+    model = load(ModelConfig(model=str(out)), "generate", silent)
+    assert (model.family, model.context) == ("seq2seq", 1024)
+
+
 def measured_steps(events: list[Event]) -> int:
     return max(e.step for e in events if isinstance(e, Measured))
 

@@ -109,6 +109,9 @@ class Trainings:
         environment |= {
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            # Tensors go back to the system, and nothing is held in reserve: see _no_more_memory.
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "MALLOC_ARENA_MAX": "1",
             "PYTHONPATH": str(Path(__file__).parents[1]),
         }
         self._process = subprocess.Popen(
@@ -123,7 +126,8 @@ class Trainings:
         """Train; (exit status, stdout, stderr), the status negative for a signal.
 
         hurt: signum and step (after it), or signum and call (the N-th call that concerns a file of the output);
-        prepared: changes to the data.
+        strace: rules by which system calls fail, and below: the file of the output that they concern; memory: after
+        that step the process gets no more of it; prepared: changes to the data.
         """
         self.start(folder, task, config, **hurt)
         return self.wait(folder)
@@ -200,10 +204,15 @@ def _train(order: dict[str, Any]) -> None:
     hurt = order["hurt"]
     if "call" in hurt:
         _hurt_at_call(hurt["signum"], hurt["call"], str(output))
+    if "strace" in hurt:
+        _injected(hurt["strace"], output.with_name(output.name + ".partial") / hurt["below"])
 
     def report(event: Event) -> None:
-        if isinstance(event, Progress) and event.stage == "train" and event.done == hurt.get("step"):
-            os.kill(os.getpid(), hurt["signum"])
+        if isinstance(event, Progress) and event.stage == "train":
+            if event.done == hurt.get("step"):
+                os.kill(os.getpid(), hurt["signum"])
+            if event.done == hurt.get("memory"):
+                _no_more_memory()
 
     config = FinetuneConfig(**built, **parts, output=output)
     fit(config, [], prepared(order["task"], **hurt.get("prepared", {})), report)
@@ -227,6 +236,33 @@ def _hurt_at_call(signum: int, number: int, output: str) -> None:
                 os.kill(os.getpid(), signum)
 
     sys.addaudithook(hook)
+
+
+def _injected(rule: str, path: Path) -> None:
+    """strace on this process, which makes system calls that concern a file fail."""
+    import ctypes
+    import time
+
+    any_process, pr_set_ptracer = -1, 0x59616D61
+    ctypes.CDLL(None).prctl(pr_set_ptracer, any_process, 0, 0, 0)  # where only a parent may trace
+    traced = rule.partition(":")[0]
+    subprocess.Popen(
+        ["strace", "-q", "-o", os.devnull, "-p", str(os.getpid()), "-P", str(path),
+         "-e", f"trace={traced}", "-e", f"inject={rule}"],
+    )  # fmt: skip
+    until = time.monotonic() + 10
+    while "TracerPid:\t0\n" in Path("/proc/self/status").read_text() and time.monotonic() < until:
+        time.sleep(0.01)
+
+
+def _no_more_memory() -> None:
+    """The process may not grow from here on, and what it holds in reserve goes back."""
+    import ctypes
+    import resource
+
+    ctypes.CDLL(None).malloc_trim(0)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(), resource.RLIM_INFINITY))
 
 
 if __name__ == "__main__":

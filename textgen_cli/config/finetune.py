@@ -85,6 +85,7 @@ class TrainingConfig:
     max_time: float | None = None  # seconds
     batch_size: str = "auto"  # examples of one step, or "auto"
     accumulate: int = 1  # steps whose gradients are added up
+    order: Literal["length", "random"] | None = None  # of the rows; None: by length, from scratch at random
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = 0.03  # share of the steps, or from 1 on their number
     weight_decay: float = 0.0
@@ -96,8 +97,6 @@ class TrainingConfig:
     keep: int = 2  # checkpoints besides the best
     seed: int = 0
     report_to: str = "none"  # passed through to the Trainer
-    fsdp: Path | None = None
-    deepspeed: Path | None = None
 
     def __post_init__(self) -> None:
         check_range(self, "learning_rate", 0, 100, open_low=True)

@@ -266,7 +266,7 @@ def sync_tree(folder: Path) -> None:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-    disk.sync_folder(folder / ".")
+    disk.sync_folder(folder / MANIFEST)  # the names in it; Path would drop a dot behind it
     disk.sync_folder(folder)
 
 

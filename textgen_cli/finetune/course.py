@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from textgen_cli.config.finetune import TrainingConfig
 from textgen_cli.errors import ModelError, OutputError
 from textgen_cli.finetune.checkpoint import Store
 from textgen_cli.finetune.encode import Encoded
@@ -23,7 +24,11 @@ STATE = "trainer_state.json"
 
 
 class ByLength(Sampler[int]):
-    """Rows of like length beside one another, in an order that the seed and the epoch decide alone."""
+    """Rows of like length beside one another, in an order that the seed and the epoch decide alone.
+
+    Little is padded. But a network that begins at random learns later from such batches, if at all, which word of one
+    text belongs to which of the other (docs/results.md).
+    """
 
     def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
         self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
@@ -43,7 +48,7 @@ class Course(Trainer):
     """A Trainer that saves whole checkpoints, stops at a loss that is no number and leaves its random state alone."""
 
     def __init__(
-        self, base: Base, store: Store, encoded: Encoded, keep: int, group: Group, **rest: Any
+        self, base: Base, store: Store, encoded: Encoded, config: TrainingConfig, group: Group, **rest: Any
     ) -> None:
         super().__init__(
             model=base.net,
@@ -52,7 +57,8 @@ class Course(Trainer):
             data_collator=encoded.collate,
             **rest,
         )
-        self.base, self.store, self.keep, self.group = base, store, keep, group
+        self.base, self.store, self.keep, self.group = base, store, config.keep, group
+        self.by_length = (config.order or ("random" if base.fresh else "length")) == "length"
         self.lengths = encoded.lengths
         # Others take the number of tokens and leave it aside: accumulated batches would count N times.
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and base.family == "causal"
@@ -61,7 +67,7 @@ class Course(Trainer):
         self.settled = False  # the network holds the best weights, not the last
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if len(set(self.lengths)) == 1:
+        if len(set(self.lengths)) == 1 or not self.by_length:
             return super()._get_train_sampler(train_dataset)
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.group.size
         return ByLength(self.lengths, rows, self.args.seed)
@@ -91,7 +97,7 @@ class Course(Trainer):
     def begin_anew(self) -> None:
         """Forget that the network was made ready to be evaluated: the library would take it as ready to learn, and
         of several processes each would go its own way without a word."""
-        if self.group.size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.group.size > 1:
             self.accelerator._models.clear()
             vars(self.model).pop("_is_accelerate_prepared", None)
         self.state.log_history.clear()

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainingArguments
 
@@ -43,7 +42,6 @@ def arguments(
     an_epoch = max(1, math.ceil(batches / config.accumulate))
     steps = config.max_steps or math.ceil(an_epoch * config.epochs)
     evaluate = config.eval_steps or an_epoch
-    sharded: Any = True if config.fsdp else None
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=rows,
@@ -78,7 +76,4 @@ def arguments(
         report_to=config.report_to,
         run_name="textgen",
         push_to_hub=False,
-        fsdp_config=str(config.fsdp) if config.fsdp else None,
-        fsdp=sharded,
-        deepspeed=str(config.deepspeed) if config.deepspeed else None,
     )

@@ -58,7 +58,7 @@ def _course(
         base,
         store,
         encoded,
-        config.keep,
+        config,
         group,
         args=args,
         callbacks=[voice],

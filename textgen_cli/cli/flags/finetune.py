@@ -65,6 +65,12 @@ FINETUNE: dict[str, Opt] = {
     "finetune.max_time": Opt(TRAINING, "Stop after so many seconds.", metavar="SECONDS"),
     "finetune.batch_size": Opt(TRAINING, "Examples of one step, or auto.", metavar="N"),
     "accumulate": Opt(TRAINING, "Add up the gradients of N batches before each step.", metavar="N"),
+    "order": Opt(
+        TRAINING,
+        "Rows of like length in a batch, or random ones; else the first, from scratch the second.",
+        metavar="NAME",
+        complete=words("length", "random"),
+    ),
     "schedule": Opt(
         TRAINING,
         "How the learning rate goes on: linear, cosine or constant.",
@@ -81,8 +87,6 @@ FINETUNE: dict[str, Opt] = {
     "keep": Opt(TRAINING, "Checkpoints that stay besides the best.", metavar="N"),
     "finetune.seed": Opt(TRAINING, "Start of everything random.", metavar="N"),
     "report_to": Opt(TRAINING, "A tracker of transformers' Trainer, such as tensorboard.", metavar="NAME"),
-    "fsdp": Opt(TRAINING, "FSDP settings for several processes.", metavar="FILE"),
-    "deepspeed": Opt(TRAINING, "DeepSpeed settings for several processes.", metavar="FILE"),
     "finetune.output": Opt(
         RESULT, "Folder of the finished model, there whole or not at all.", short="-o", metavar="DIR"
     ),

@@ -13,7 +13,7 @@ import pytest
 from textgen_cli import config
 from textgen_cli.cli import settings
 from textgen_cli.cli.app import app
-from textgen_cli.cli.flags import OPTIONS
+from textgen_cli.cli.flags import OPTIONS, download, finetune, generate, score, shared
 from textgen_cli.cli.options import COMMANDS, build, key, leaves
 from textgen_cli.errors import UsageError
 
@@ -22,12 +22,20 @@ CONFIGS = [kind for _, kind in inspect.getmembers(config, inspect.isclass) if is
 PANELS = [
     "Prompt", "Length and number", "Choice of words", "Form of the text", "What is asked", "Convention",
     "What is told", "What must not be said", "Why it says that", "Many records", "Data", "What learns", "Training",
-    "Result", "Getting", "Knowing before it comes", "Keeping", "Copies in another form", "Model", "Server", "Run",
+    "Result", "Getting", "Keeping", "Copies in another form", "Model", "Server", "Run",
 ]  # fmt: skip
 
 
 def test_every_field_is_an_option_and_every_option_a_field() -> None:
     assert {key(command, name) for command, names in COMMANDS.items() for name in names} == set(OPTIONS)
+
+
+def test_no_option_is_declared_twice() -> None:
+    """The files of flags/ are merged, where a second entry would hide the first."""
+    modules = (download, finetune, generate, score, shared)
+    parts = [vars(module)[name] for module in modules for name in module.__annotations__]
+    declared = [name for part in parts for name in part]
+    assert sorted(declared) == sorted(OPTIONS)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -22,7 +22,7 @@ CONFIGS = [kind for _, kind in inspect.getmembers(config, inspect.isclass) if is
 PANELS = [
     "Prompt", "Length and number", "Choice of words", "Form of the text", "What is asked", "Convention",
     "What is told", "What must not be said", "Why it says that", "Many records", "Data", "What learns", "Training",
-    "Result", "Getting", "Keeping", "Copies in another form", "Model", "Server", "Run",
+    "Result", "Getting", "Knowing before it comes", "Keeping", "Copies in another form", "Model", "Server", "Run",
 ]  # fmt: skip
 
 

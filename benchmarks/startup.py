@@ -40,6 +40,8 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 """
 
 LOAD = """
+import gc
+gc.disable()  # as the program's entry does
 import sys, time
 from pathlib import Path
 from textgen_cli.config import ModelConfig

@@ -7,7 +7,7 @@ OPTIONS: dict[str, Opt] = {
     **generate.WORDS,
     **score.SCORE,
     **generate.SAFETY,
-    **shared.EXPLAIN_AND_BATCH,
+    **shared.EXPLANATIONS_AND_BATCHES,
     **finetune.FINETUNE,
     **download.DOWNLOAD,
     **shared.MODELS,

@@ -7,7 +7,7 @@ BATCH = "Many records"
 MODEL = "Model"
 RUN = "Run"
 
-EXPLAIN_AND_BATCH: dict[str, Opt] = {
+EXPLANATIONS_AND_BATCHES: dict[str, Opt] = {
     "explain": Opt(
         WHY,
         "attention, gradient, integrated-gradients, occlusion, logit-lens or contrast.",

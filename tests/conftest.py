@@ -19,6 +19,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+# Files that take a minute. They come first, so that no worker is left alone with one of them in the end.
+LONGEST = (
+    "tests/test_readme.py", "tests/finetune/test_checkpoint.py", "tests/score/test_run.py",
+    "tests/generate/test_batch.py", "tests/generate/test_compiled.py", "tests/generate/test_faults.py",
+    "tests/generate/test_fault_inputs.py", "tests/text/test_job.py", "tests/cli/test_chat.py",
+    "tests/generate/test_endpoint_batch.py", "tests/finetune/test_group.py", "tests/download/test_work.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, each in its own order."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(LONGEST)))
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):

@@ -151,7 +151,7 @@ class Patient(Program):
                 os.kill(child, signal.SIGKILL)
             raise
         finally:
-            status = int(pipes.stdout.readline())
+            status = int(pipes.stdout.readline().split()[0])  # behind it stands the peak of its memory
         return status
 
 

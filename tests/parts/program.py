@@ -24,7 +24,7 @@ class Done:
     stderr: bytes
     peak: int = field(
         default=0, compare=False
-    )  # bytes of memory it held at most; of what it was born with, what it touched
+    )  # bytes it held at most; of those it was born with, what it touched
 
 
 class Program:
@@ -43,7 +43,8 @@ class Program:
     ) -> Done:
         """Run it to its end, or for so many seconds (`kill_after`) and then kill it with SIGKILL."""
         names = [str(folder / f".{name}") for name in ("stdin", "stdout", "stderr")]
-        Path(names[0]).write_bytes(stdin)
+        for name, data in zip(names, (stdin, b"", b""), strict=True):  # it may be killed before it opens one
+            Path(name).write_bytes(data)
         order = {"args": args, "folder": str(folder), "streams": names, "variables": variables}
         pipes: Any = self._process
         pipes.stdin.write(json.dumps(order) + "\n")

@@ -17,6 +17,8 @@ from textgen_cli.cli import live
 from textgen_cli.cli.console import Reporter
 from textgen_cli.events import Event, Measured, Notice, Progress
 
+pytestmark = pytest.mark.slow
+
 Small = Callable[..., Path]
 Run = Callable[..., Done]
 

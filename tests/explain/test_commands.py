@@ -14,6 +14,8 @@ import pexpect
 import pytest
 from parts.program import Done, Program
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TEXT = "the quick brown fox jumps over the dog"
 

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from textgen_cli.config.finetune import FinetuneConfig
 from textgen_cli.finetune import checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trainings() -> Iterator[Trainings]:

@@ -24,6 +24,8 @@ from textgen_cli.finetune.plan import batch_rows
 from textgen_cli.finetune.run import fit
 from textgen_cli.model.load import load
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = {
     "clm": "llama", "chat": "llama", "mlm": "bert", "seq2seq": "t5", "text-classification": "bert",
     "token-classification": "bert", "question-answering": "bert",

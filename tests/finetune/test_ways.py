@@ -25,6 +25,8 @@ from textgen_cli.model.load import load
 from textgen_cli.model.pack import PackedLinear
 from textgen_cli.model.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 Small = Callable[..., Path]
 
 

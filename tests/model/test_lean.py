@@ -5,6 +5,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 AFTERWARDS = """
 import sys, torch
 from textgen_cli.config import ModelConfig

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +33,6 @@ USELESS = {
     "consolidated.safetensors": b"x",
     "model.fp16.safetensors": b"x",
 }
-
-
-@pytest.fixture
-def server() -> Iterator[Hub]:
-    with Hub() as hub:
-        yield hub
-
-
-@pytest.fixture
-def cache(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return server.use(monkeypatch, tmp_path / "hf")
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses, which take no time."""
-    pauses: list[float] = []
-    monkeypatch.setattr(time, "sleep", pauses.append)
-    return pauses
 
 
 def fetch(revision: str | None = None, *, offline: bool = False, report: Any = silent) -> hub.Snapshot:

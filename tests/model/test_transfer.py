@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +22,6 @@ from textgen_cli.model import hub, transfer
 REPO, BIG = "org/name", "model.safetensors"
 WEIGHTS = os.urandom(1 << 20) * 3
 FILES = {"config.json": b'{"model_type": "llama"}', "tokenizer.json": b'{"tokens": []}', BIG: WEIGHTS}
-
-
-@pytest.fixture
-def server() -> Iterator[Hub]:
-    with Hub() as server:
-        yield server
-
-
-@pytest.fixture
-def cache(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return server.use(monkeypatch, tmp_path / "hf")
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses, which take no time."""
-    pauses: list[float] = []
-    monkeypatch.setattr(time, "sleep", pauses.append)
-    return pauses
 
 
 def fetch() -> Path:

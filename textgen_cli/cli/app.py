@@ -113,9 +113,10 @@ def _guarded(arguments: list[str], closed: frozenset[int]) -> int:
 
 def _invoke(arguments: list[str]) -> int:
     command, name = typer.main.get_command(app), "textgen"
-    if len(arguments) == 2 and arguments[1] in HELP and arguments[0] in getattr(command, "commands", {}):
+    commands = getattr(command, "commands", {})
+    if len(arguments) == 2 and arguments[1] in HELP and arguments[0] in commands:
         # The help of a command reads no settings: a third faster, and there when a settings file is broken.
-        command, name = command.commands[arguments[0]], f"textgen {arguments[0]}"  # type: ignore[attr-defined]
+        command, name = commands[arguments[0]], f"textgen {arguments[0]}"
         arguments = arguments[1:]
     try:
         result = command.main(args=arguments, prog_name=name, complete_var=COMPLETE, standalone_mode=False)

@@ -46,8 +46,11 @@ import sys, time
 from pathlib import Path
 from textgen_cli.config import ModelConfig
 from textgen_cli.events import Progress
-from textgen_cli.model.load import load
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # else imported at first use
+from textgen_cli.model import lean
+lean.allowed = True  # so does this
+with lean.without_compiler():
+    from textgen_cli.model import load
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # else imported at first use
 start = converting = time.perf_counter()
 converts = False
 def report(event):
@@ -55,7 +58,7 @@ def report(event):
     global converting, converts
     if isinstance(event, Progress) and event.stage == "convert" and not converts:
         converting, converts = time.perf_counter(), True
-load(ModelConfig(cache_dir=Path(sys.argv[1])), "generate", report)
+lean.load(ModelConfig(cache_dir=Path(sys.argv[1])), "generate", report)
 end = time.perf_counter()
 print(converts, end - start, end - converting)
 """

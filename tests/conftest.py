@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from parts.program import Program
 from parts.shell import Shell
 
 # A busy machine is no failure of what is tested.
@@ -59,11 +60,17 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+def forked() -> Iterator[Program]:
     """The program where it is no matter how it starts: forked from a process that has the libraries imported."""
-    shell = Shell(tmp_path_factory.mktemp("warm"))
-    yield shell
-    shell.close()
+    program = Program()
+    yield program
+    program.close()
+
+
+@pytest.fixture(scope="session")
+def warm(forked: Program) -> Shell:
+    """Scripts of bash with that program."""
+    return Shell(forked)
 
 
 @pytest.fixture(scope="session")

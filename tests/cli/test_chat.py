@@ -18,10 +18,14 @@ import pexpect
 import pytest
 from parts.endpoint import DONE, Call, Stub, event, events, refuse, reply, whole
 from parts.models import CHAT_TEMPLATE
+from parts.program import Program
+from parts.shell import Seat
 
 PROMPT = "\r\n> "
 GREEDY = ("--greedy", "-n", "12")
+LOCAL = ("--dtype", "float32", "--device", "cpu")
 Talk = Callable[..., "Person"]
+Batch = Callable[..., list[str]]
 
 pytestmark = pytest.mark.slow  # each talks with a real program on a terminal
 
@@ -29,20 +33,22 @@ pytestmark = pytest.mark.slow  # each talks with a real program on a terminal
 class Person:
     """Somebody at a terminal."""
 
-    def __init__(self, argv: list[str], env: dict[str, str], folder: Path) -> None:
+    def __init__(self, program: Program, folder: Path, *args: str, **variables: str) -> None:
         self.folder = folder
-        self.child = pexpect.spawn(
-            argv[0], argv[1:], env=env, cwd=str(folder), timeout=60, encoding="utf-8", dimensions=(40, 100)
-        )
-        self.child.expect_exact(PROMPT)
+        self.seat = Seat(program, folder, *args, **variables)
+        self.screen = self.seat.screen
+        self.screen.expect_exact(PROMPT)
 
     def say(self, *lines: str) -> str:
         """Say this, and return what the terminal showed until the next prompt."""
         for line in lines:
-            self.child.sendline(line)
+            self.screen.sendline(line)
         # Each line is echoed; what follows the last one is the answer.
-        self.child.expect_exact(PROMPT)
-        return str(self.child.before)
+        self.screen.expect_exact(PROMPT)
+        return str(self.screen.before)
+
+    def interrupt(self) -> None:
+        self.screen.send("\x03")
 
     def history(self) -> list[dict[str, Any]]:
         self.say("/save now.jsonl")
@@ -50,10 +56,8 @@ class Person:
         return messages
 
     def leave(self) -> int:
-        self.child.sendeof()
-        self.child.expect(pexpect.EOF)
-        self.child.close()
-        return int(self.child.exitstatus)
+        self.screen.send("\x04")
+        return self.seat.ended()
 
 
 @pytest.fixture(scope="module")
@@ -75,55 +79,44 @@ def long_folder(folder: Path) -> Path:
 
 
 @pytest.fixture(name="talk")
-def _talk(program: list[str], env: dict[str, str], folder: Path, tmp_path: Path) -> Iterator[Talk]:
+def _talk(forked: Program, folder: Path, tmp_path: Path) -> Iterator[Talk]:
     inputrc = tmp_path / "inputrc"
     inputrc.write_text("set enable-bracketed-paste off\n")
     people = []
 
     def talk(*args: str, model: Path | None = folder, **more: str) -> Person:
-        local = [] if model is None else ["-m", str(model), "--dtype", "float32", "--device", "cpu"]
-        argv = [*program, "generate", "--chat", *local, *args]
-        person = Person(argv, {"TERM": "xterm", "INPUTRC": str(inputrc)} | env | more, tmp_path)
-        people.append(person)
-        return person
+        local = [] if model is None else [*LOCAL, "-m", str(model)]
+        known = {"INPUTRC": str(inputrc), "HOME": str(tmp_path)}
+        people.append(Person(forked, tmp_path, "generate", "--chat", *local, *args, **known | more))
+        return people[-1]
 
     yield talk
     for person in people:
-        person.child.close(force=True)
+        person.seat.close()
 
 
-def batch(
-    program: list[str], env: dict[str, str], folder: Path, conversations: list[Any], *args: str
-) -> list[str]:
+@pytest.fixture(name="batch")
+def _batch(forked: Program, folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """The texts that piped records with these messages give."""
-    records = "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations)
-    argv = [
-        *program,
-        "generate",
-        "--jsonl",
-        "-m",
-        str(folder),
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-        *args,
-    ]
-    done = subprocess.run(argv, env=env, input=records.encode(), capture_output=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
-    return [json.loads(line)["text"] for line in done.stdout.splitlines()]
+
+    def batch(conversations: list[Any], *args: str) -> list[str]:
+        records = "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations)
+        argv = ("generate", "--jsonl", "-m", str(folder), *LOCAL, *args)
+        done = forked(tmp_path, *argv, stdin=records.encode())
+        assert (done.returncode, done.stderr) == (0, b"")
+        return [json.loads(line)["text"] for line in done.stdout.splitlines()]
+
+    return batch
 
 
-def test_answers_are_those_of_piped_records(
-    talk: Talk, program: list[str], env: dict[str, str], folder: Path
-) -> None:
+def test_answers_are_those_of_piped_records(talk: Talk, batch: Batch) -> None:
     person = talk("--system", "Be brief.", *GREEDY)
     for said in ("hello", "what is a fox", "and a dog?"):
         assert "no longer fit" not in person.say(said)
     history = person.history()
     assert [m["role"] for m in history] == ["system", *["user", "assistant"] * 3]
     asked = [history[:end] for end in range(2, len(history), 2)]
-    assert [m["content"] for m in history[2::2]] == batch(program, env, folder, asked, *GREEDY)
+    assert [m["content"] for m in history[2::2]] == batch(asked, *GREEDY)
 
     # Now the context of 128 tokens is full: the oldest turns go, and the person is told.
     shown = person.say("and now for something completely different, as they say")
@@ -132,20 +125,20 @@ def test_answers_are_those_of_piped_records(
     history = person.history()
     seen = [history[0], *history[1 + dropped : -1]]
     assert seen[1]["role"] == "user"
-    assert [history[-1]["content"]] == batch(program, env, folder, [seen], *GREEDY)
+    assert [history[-1]["content"]] == batch([seen], *GREEDY)
     assert person.leave() == 0
 
 
-def test_commands(talk: Talk, program: list[str], env: dict[str, str], folder: Path) -> None:
+def test_commands(talk: Talk, batch: Batch) -> None:
     person = talk("-n", "10", "--seed", "5")
     person.say("tell me more")
     first = person.history()
-    assert [first[1]["content"]] == batch(program, env, folder, [first[:1]], "-n", "10", "--seed", "5")
+    assert [first[1]["content"]] == batch([first[:1]], "-n", "10", "--seed", "5")
 
     person.say("/retry")
     second = person.history()
     assert len(second) == 2
-    assert [second[1]["content"]] == batch(program, env, folder, [first[:1]], "-n", "10", "--seed", "6")
+    assert [second[1]["content"]] == batch([first[:1]], "-n", "10", "--seed", "6")
     assert second != first
 
     person.say("/system Be brief.")
@@ -162,7 +155,7 @@ def test_commands(talk: Talk, program: list[str], env: dict[str, str], folder: P
     person.say("/set max-new-tokens 4")
     person.say("again")
     after = person.history()
-    assert [after[-1]["content"]] == batch(program, env, folder, [after[:-1]], "--greedy", "-n", "4")
+    assert [after[-1]["content"]] == batch([after[:-1]], "--greedy", "-n", "4")
     assert person.leave() == 0
 
 
@@ -203,10 +196,8 @@ def test_a_mistake_is_told_and_the_conversation_goes_on(talk: Talk) -> None:
     assert person.leave() == 0
 
 
-def test_an_unsafe_message_or_answer_leaves_no_trace(
-    talk: Talk, program: list[str], env: dict[str, str], folder: Path, tmp_path: Path
-) -> None:
-    [answer] = batch(program, env, folder, [[{"role": "user", "content": "hello"}]], *GREEDY)
+def test_an_unsafe_message_or_answer_leaves_no_trace(talk: Talk, batch: Batch, tmp_path: Path) -> None:
+    [answer] = batch([[{"role": "user", "content": "hello"}]], *GREEDY)
     (tmp_path / "list").write_text(f"secret\nre:{re.escape(answer.split()[0])}\n")
     person = talk(*GREEDY, "--safety", "list", "--on-unsafe", "drop")
     shown = person.say("a secret")
@@ -228,10 +219,10 @@ def test_several_lines_are_one_message(talk: Talk) -> None:
     pytest.importorskip("readline")
     person.say("\x1b[A\x1b[A, too")  # the line before the last
     assert person.history()[-2]["content"] == " /usr is a folder, too"
-    person.child.sendline("half\\")
-    person.child.expect_exact("… ")
-    person.child.sendintr()  # takes the half message back
-    person.child.expect_exact(PROMPT)
+    person.screen.sendline("half\\")
+    person.screen.expect_exact("… ")
+    person.interrupt()  # takes the half message back
+    person.screen.expect_exact(PROMPT)
     assert len(person.history()) == 8
     assert person.leave() == 0
 
@@ -265,16 +256,16 @@ def test_what_is_shown_of_an_answer(talk: Talk, term: dict[str, str]) -> None:
 def test_ctrl_c_stops_the_answer_only(talk: Talk, long_folder: Path, term: str) -> None:
     person = talk("-n", "20000", "--min-new-tokens", "20000", model=long_folder, TERM=term)
     for number in (1, 2):
-        person.child.sendline("go on for ever")
-        person.child.expect(r"ever\r\n(.|\r|\n){60,}")  # some of the answer has come
-        person.child.sendintr()
-        person.child.expect_exact("(stopped)")
-        person.child.expect_exact(PROMPT)
+        person.screen.sendline("go on for ever")
+        person.screen.expect(r"ever\r\n(.|\r|\n){60,}")  # some of the answer has come
+        person.interrupt()
+        person.screen.expect_exact("(stopped)")
+        person.screen.expect_exact(PROMPT)
         history = person.history()
         assert [m["role"] for m in history] == ["user", "assistant"] * number
         assert history[-1]["content"]
-    person.child.sendintr()  # at the prompt nothing is stopped
-    person.child.expect_exact(PROMPT)
+    person.interrupt()  # at the prompt nothing is stopped
+    person.screen.expect_exact(PROMPT)
     assert person.leave() == 0
 
 
@@ -282,15 +273,13 @@ def test_ctrl_c_stops_the_answer_only(talk: Talk, long_folder: Path, term: str) 
 def test_sigterm_ends_it(talk: Talk, long_folder: Path, busy: bool) -> None:
     person = talk("-n", "20000", "--min-new-tokens", "20000", model=long_folder)
     if busy:
-        person.child.sendline("go on for ever")
-        person.child.expect(r"ever\r\n(.|\r|\n){60,}")
-    person.child.kill(signal.SIGTERM)
-    person.child.expect(pexpect.EOF)
-    person.child.close()
-    assert person.child.signalstatus == signal.SIGTERM
-    assert "Traceback" not in person.child.before
+        person.screen.sendline("go on for ever")
+        person.screen.expect(r"ever\r\n(.|\r|\n){60,}")
+    os.kill(person.seat.started.pid, signal.SIGTERM)
+    assert person.seat.ended() == -signal.SIGTERM
+    assert "Traceback" not in person.screen.before
     if busy:
-        assert "\x1b[?25h" in person.child.before  # the cursor is back
+        assert "\x1b[?25h" in person.screen.before  # the cursor is back
 
 
 def test_no_conversation_without_a_terminal(program: list[str], env: dict[str, str]) -> None:
@@ -309,22 +298,18 @@ def test_no_conversation_without_a_terminal(program: list[str], env: dict[str, s
     ("args", "name"), [(("--num-return-sequences", "2"), "E-CONFLICT"), ((), "E-TEMPLATE")]
 )
 def test_what_cannot_become_a_conversation(
-    program: list[str], env: dict[str, str], folder: Path, small_model: Any, args: tuple[str, ...], name: str
+    forked: Program, folder: Path, small_model: Any, tmp_path: Path, args: tuple[str, ...], name: str
 ) -> None:
     model = folder if args else small_model("gpt2")
-    child = pexpect.spawn(
-        program[0], ["generate", "--chat", "-m", str(model), *args], env={"TERM": "xterm"} | env, timeout=60
-    )
-    child.expect(pexpect.EOF)
-    child.close()
-    assert (child.exitstatus, name.encode() in child.before) == (2 if args else 5, True)
+    seat = Seat(forked, tmp_path, "generate", "--chat", "-m", str(model), *args)
+    assert (seat.ended(), name in seat.screen.before) == (2 if args else 5, True)
 
 
 # --- through a server
 
 
 def test_a_conversation_with_a_server(talk: Talk) -> None:
-    """It streams, takes what the protocol has, and tells of what it has not; no torch is needed."""
+    """It streams, takes what the protocol has, and tells of what it has not."""
     finished = threading.Event()
 
     def slowly(handler: BaseHTTPRequestHandler, call: Call) -> None:
@@ -334,13 +319,11 @@ def test_a_conversation_with_a_server(talk: Talk) -> None:
     steps = [slowly, whole("**two**"), whole("three"), whole("four")]
     with Stub(steps, models=reply(200, '{"data": [{"id": "m", "owned_by": "me"}]}')) as stub:
         person = talk("--endpoint", stub.url, "-m", "m", "--system", "Be brief.", model=None)
-        person.child.sendline("one")
-        person.child.expect_exact("Hello")
+        person.screen.sendline("one")
+        person.screen.expect_exact("Hello")
         assert not finished.is_set()
-        maps = Path(f"/proc/{person.child.pid}/maps").read_text()
-        assert "python" in maps and "torch" not in maps
-        person.child.expect_exact(PROMPT)
-        assert "Hello there" in person.child.before
+        person.screen.expect_exact(PROMPT)
+        assert "Hello there" in person.screen.before
         said = [
             {"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"},
             {"role": "assistant", "content": "Hello there"},
@@ -374,25 +357,41 @@ def test_a_conversation_with_a_server(talk: Talk) -> None:
         assert person.leave() == 0
 
 
+def test_a_conversation_with_a_server_needs_no_torch(program: list[str], env: dict[str, str]) -> None:
+    with Stub([whole("Hello")], models=reply(200, '{"data": [{"id": "m"}]}')) as stub:
+        argv = ["generate", "--chat", "--endpoint", stub.url, "-m", "m"]
+        child = pexpect.spawn(program[0], argv, env={"TERM": "xterm"} | env, timeout=60, encoding="utf-8")
+        child.expect_exact(PROMPT)
+        child.sendline("one")
+        child.expect_exact("Hello")
+        maps = Path(f"/proc/{child.pid}/maps").read_text()
+        assert "python" in maps and "torch" not in maps
+        child.expect_exact(PROMPT)
+        child.sendeof()
+        child.expect(pexpect.EOF)
+        child.close()
+    assert child.exitstatus == 0
+
+
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
 def test_ctrl_c_stops_the_servers_answer(talk: Talk, term: str) -> None:
     for_ever: list[bytes | float] = [event("on and "), 0.05]
     with Stub([events(*for_ever * 2000), events(60.0), whole("fine")]) as stub:
         person = talk("--endpoint", stub.url, "-m", "m", model=None, TERM=term)
-        person.child.sendline("go on")
-        person.child.expect(r"on and on and on")
-        person.child.sendintr()
-        person.child.expect_exact("(stopped)")
-        person.child.expect_exact(PROMPT)
+        person.screen.sendline("go on")
+        person.screen.expect(r"on and on and on")
+        person.interrupt()
+        person.screen.expect_exact("(stopped)")
+        person.screen.expect_exact(PROMPT)
         assert stub.hung_up.wait(5)  # the server need not go on
         history = person.history()
         assert history[-1]["content"].startswith("on and on and on")
-        person.child.sendline("say nothing")
+        person.screen.sendline("say nothing")
         while len(stub.calls) < 2:
             time.sleep(0.01)
-        person.child.sendintr()  # while nothing has come yet: the message is taken back
-        person.child.expect_exact("(stopped)")
-        person.child.expect_exact(PROMPT)
+        person.interrupt()  # while nothing has come yet: the message is taken back
+        person.screen.expect_exact("(stopped)")
+        person.screen.expect_exact(PROMPT)
         assert person.history() == history
         assert "fine" in person.say("and now")
         assert len(person.history()) == 4
@@ -426,16 +425,8 @@ def test_what_a_server_refuses_is_told_and_the_message_taken_back(talk: Talk) ->
         assert person.leave() == 0
 
 
-def test_a_server_that_cannot_be_had(program: list[str], env: dict[str, str]) -> None:
+def test_a_server_that_cannot_be_had(forked: Program, tmp_path: Path) -> None:
     for address, code, name in (("ftp://x", 2, "E-ENDPOINT"), ("http://10.0.0.1:1/v1", 6, "E-INSECURE-KEY")):
         argv = ["generate", "--chat", "--endpoint", address, "-m", "m"]
-        child = pexpect.spawn(
-            program[0],
-            argv,
-            env={"TERM": "xterm", "TEXTGEN_API_KEY": "k"} | env,
-            timeout=60,
-            encoding="utf-8",
-        )
-        child.expect(pexpect.EOF)
-        child.close()
-        assert (child.exitstatus, f"[{name}]" in child.before) == (code, True)
+        seat = Seat(forked, tmp_path, *argv, TEXTGEN_API_KEY="k")
+        assert (seat.ended(), f"[{name}]" in seat.screen.before) == (code, True)

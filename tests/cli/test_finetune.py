@@ -23,13 +23,6 @@ Small = Callable[..., Path]
 Run = Callable[..., Done]
 
 
-@pytest.fixture(name="forked", scope="module")
-def _forked() -> Any:
-    forked = Program()
-    yield forked
-    forked.close()
-
-
 @pytest.fixture(name="program")
 def _program(forked: Program, tmp_path: Path) -> Run:
     """Run `textgen` in a folder, its cache there too."""

@@ -1,7 +1,7 @@
 """`download --for`: memory, operations and time of work, against the real program's peaks and torch's counter."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +83,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.fixture(scope="module")
-def program() -> Iterator[Program]:
-    started = Program()
-    yield started
-    started.close()
-
-
 JOBS: dict[str, list[str]] = {
     "generate": [TEXT[:1400], "-n", "8", "--greedy", "--dtype", "float32"],
     "score": [TEXT[:1400]],
@@ -101,13 +94,13 @@ JOBS: dict[str, list[str]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
 def test_estimated_peaks_are_those_of_the_program(
-    models: dict[str, Path], program: Program, tmp_path: Path, job: Any
+    models: dict[str, Path], forked: Program, tmp_path: Path, job: Any
 ) -> None:
     (tmp_path / "data.txt").write_text("".join(f"{number} {TEXT[:900]}\n" for number in range(8)))
 
     def peak(name: str) -> int:
         where = ["-m", str(models[name]), "--device", "cpu"]
-        done = program(tmp_path, job, *JOBS[job], *where)
+        done = forked(tmp_path, job, *JOBS[job], *where)
         assert done.returncode == 0, done.stderr
         (tmp_path / "out").rename(tmp_path / name) if job == "finetune" else None
         return done.peak

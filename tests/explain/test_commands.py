@@ -1,18 +1,16 @@
 """`--explain` as a user meets it: records, a terminal, a page in a browser, and what is refused beforehand."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pexpect
 import pytest
 from parts.program import Done, Program
+from parts.shell import Seat
 
 pytestmark = pytest.mark.slow
 
@@ -20,17 +18,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 TEXT = "the quick brown fox jumps over the dog"
 
 
-@pytest.fixture(scope="module")
-def program() -> Iterator[Program]:
-    made = Program()
-    yield made
-    made.close()
-
-
 @pytest.fixture
-def run(program: Program, tmp_path: Path, small_model: Callable[..., Path]) -> Callable[..., Done]:
+def run(forked: Program, tmp_path: Path, small_model: Callable[..., Path]) -> Callable[..., Done]:
     def go(command: str, model: str, *args: str, stdin: bytes = b"") -> Done:
-        return program(tmp_path, command, "-m", str(small_model(model)), *args, stdin=stdin)
+        return forked(tmp_path, command, "-m", str(small_model(model)), *args, stdin=stdin)
 
     return go
 
@@ -73,7 +64,7 @@ def test_the_log_likelihood_is_the_one_of_logprobs(run: Any) -> None:
 
 
 def test_beams_and_several_sequences_and_chats(
-    run: Any, program: Program, small_model: Any, tmp_path: Path
+    run: Any, forked: Program, small_model: Any, tmp_path: Path
 ) -> None:
     done = run("generate", "llama", TEXT, "-n", "3", "--num-beams", "2", "--num-return-sequences", "2", "--jsonl",
                "--explain", "gradient")  # fmt: skip
@@ -84,7 +75,7 @@ def test_beams_and_several_sequences_and_chats(
 
     chat = str(small_model("llama", CHAT_TEMPLATE))
     found = explanation(
-        program(
+        forked(
             tmp_path,
             "generate",
             "-m",
@@ -180,8 +171,8 @@ def test_records_that_cannot_be_explained_fail_alone(run: Any, tmp_path: Path) -
         ("score x --jsonl --explain guess", "guess"),
     ],
 )
-def test_what_is_refused_before_a_model_loads(program: Program, tmp_path: Path, line: str, said: str) -> None:
-    done = program(tmp_path, *line.split(), "-m", "./no-such-model")
+def test_what_is_refused_before_a_model_loads(forked: Program, tmp_path: Path, line: str, said: str) -> None:
+    done = forked(tmp_path, *line.split(), "-m", "./no-such-model")
     assert done.returncode == 2, done.stderr
     assert done.stdout == b""
     assert said in re.sub(r"[│\s]+", " ", done.stderr.decode())
@@ -194,25 +185,11 @@ def test_a_contrast_without_a_context(run: Any) -> None:
     assert done.returncode == 2 and b"hidden in turn" in done.stderr
 
 
-def test_on_a_terminal(small_model: Any, tmp_path: Path) -> None:
-    args = [
-        "-m",
-        "textgen_cli",
-        "generate",
-        "-m",
-        str(small_model("llama")),
-        TEXT,
-        "-n",
-        "3",
-        "--explain",
-        "attention",
-    ]
-    child = pexpect.spawn(
-        sys.executable, args, dimensions=(40, 60), encoding="utf-8", timeout=60, cwd=str(tmp_path),
-        env=os.environ | {"TERM": "xterm-256color"},
-    )  # fmt: skip
-    child.expect(pexpect.EOF)
-    shown = str(child.before)
+def test_on_a_terminal(forked: Program, small_model: Any, tmp_path: Path) -> None:
+    args = ["-m", str(small_model("llama")), TEXT, "-n", "3", "--explain", "attention"]
+    seat = Seat(forked, tmp_path, "generate", *args, size=(40, 60), TERM="xterm-256color")
+    assert seat.ended() == 0
+    shown = str(seat.screen.before)
     assert re.search(r"\x1b\[[0-9;]*48;", shown)
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown))
     assert any(line.startswith("why ") and line.endswith("attention (mean)") for line in lines)

@@ -133,7 +133,7 @@ def test_after_many_kills_anywhere_the_same_weights_come(
 ) -> None:
     draw = random.Random(5)
     expected = unbroken("clm")
-    for trial in range(12):
+    for trial in range(6):
         folder = tmp_path / str(trial)
         folder.mkdir()
         out, status, kills = folder / "out", 1, 0

@@ -33,23 +33,16 @@ INPUT = b"".join(
 )
 
 
-@pytest.fixture(name="program", scope="module")
-def _program() -> Iterator[Program]:
-    program = Program()
-    yield program
-    program.close()
-
-
 @pytest.fixture(name="model", scope="module")
 def _model(small_model: Callable[..., Path]) -> Path:
     return small_model("llama")
 
 
 @pytest.fixture(name="run")
-def _run(program: Program, model: Path, tmp_path: Path) -> Callable[..., Done]:
+def _run(forked: Program, model: Path, tmp_path: Path) -> Callable[..., Done]:
     def run(*args: str, n: int = 6, **more: Any) -> Done:
         known = ["-m", str(model), "--dtype", "float32", "--device", "cpu", "-n", str(n)]
-        return program(tmp_path, "generate", *known, *args, **more)
+        return forked(tmp_path, "generate", *known, *args, **more)
 
     return run
 
@@ -275,35 +268,35 @@ def test_a_changed_job_is_refused(run: Run, tmp_path: Path, begun: tuple[str, ..
 
 @pytest.mark.slow
 def test_a_drawn_seed_and_the_date_stay(
-    program: Program, small_model: Callable[..., Path], tmp_path: Path
+    forked: Program, small_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     template = CHAT_TEMPLATE.replace("{% for", "{{ strftime_now('%H:%M:%S') }}{% for", 1)
     (tmp_path / "in.jsonl").write_bytes(INPUT)
     model = str(small_model("llama", template))
     common = ["generate", "-m", model, "--dtype", "float32", "-n", "6", "--chat", "--batch-size", "1"]
     job = [*common, "-i", "in.jsonl", "-o", "out.jsonl", "--seed", "random"]
-    assert program(tmp_path, *job, "--max-time", "0.000001").returncode == 3
+    assert forked(tmp_path, *job, "--max-time", "0.000001").returncode == 3
     state = json.loads((tmp_path / "out.jsonl.state").read_bytes().split(b"\n")[0])
     time.sleep(1)
-    assert program(tmp_path, *job, "--resume").returncode == 0
+    assert forked(tmp_path, *job, "--resume").returncode == 0
     found = lines((tmp_path / "out.jsonl").read_bytes())
     # The same job from its state alone: all of it is computed later, with the date of the start.
     again = [*common, "-i", "in.jsonl", "-o", "again.jsonl", "--seed", "random"]
     (tmp_path / "again.jsonl.state").write_text(json.dumps(state) + "\n")
-    assert program(tmp_path, *again, "--resume").returncode == 0
+    assert forked(tmp_path, *again, "--resume").returncode == 0
     assert lines((tmp_path / "again.jsonl").read_bytes()) == found
-    other = program(tmp_path, *common, "--jsonl", "--seed", str(state["pinned"]["seed"]), stdin=INPUT)
+    other = forked(tmp_path, *common, "--jsonl", "--seed", str(state["pinned"]["seed"]), stdin=INPUT)
     assert lines(other.stdout) != found  # today is not the date of the start
 
 
 # --- what the model sees
 
 
-def test_show_prompt(program: Program, small_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_show_prompt(forked: Program, small_model: Callable[..., Path], tmp_path: Path) -> None:
     chat = str(small_model("llama", CHAT_TEMPLATE))
     records = b'{"id": 1, "prompt": "a"}\n{"messages": [{"role": "user", "content": "b"}]}\n{"id": 3}\n'
     args = ["generate", "-m", chat, "--system", "S", "--show-prompt", "--jsonl"]
-    done = program(tmp_path, *args, stdin=records)
+    done = forked(tmp_path, *args, stdin=records)
     found = lines(done.stdout)
     assert done.returncode == 3
     system = "<|system|>S<|end|><|user|>"
@@ -311,22 +304,20 @@ def test_show_prompt(program: Program, small_model: Callable[..., Path], tmp_pat
         f"{system}a<|end|><|assistant|>", f"{system}b<|end|><|assistant|>", None
     ]  # fmt: skip
     assert (found[0]["id"], found[2]["error"]["code"]) == (1, "E-FIELD")
-    plain = program(
-        tmp_path, *args[:3], "--lines", "--show-prompt", "--template", "<{text}>", stdin=b"x\ny\n"
-    )
+    plain = forked(tmp_path, *args[:3], "--lines", "--show-prompt", "--template", "<{text}>", stdin=b"x\ny\n")
     assert plain.stdout == b"<x>\n<y>\n"
 
 
 @pytest.mark.slow
-def test_a_chat_in_records(program: Program, small_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_chat_in_records(forked: Program, small_model: Callable[..., Path], tmp_path: Path) -> None:
     args = ["generate", "-m", str(small_model("llama", CHAT_TEMPLATE)), "--dtype", "float32", "-n", "5"]
-    one = program(tmp_path, *args, "--jsonl", "--chat", stdin=b'{"prompt": "hi"}\n')
-    other = program(tmp_path, *args, "--jsonl", stdin=b'{"messages": [{"role": "user", "content": "hi"}]}\n')
-    raw = program(tmp_path, *args, "--jsonl", stdin=b'{"prompt": "hi"}\n')
+    one = forked(tmp_path, *args, "--jsonl", "--chat", stdin=b'{"prompt": "hi"}\n')
+    other = forked(tmp_path, *args, "--jsonl", stdin=b'{"messages": [{"role": "user", "content": "hi"}]}\n')
+    raw = forked(tmp_path, *args, "--jsonl", stdin=b'{"prompt": "hi"}\n')
     assert [done.returncode for done in (one, other, raw)] == [0, 0, 0]
     assert texts(one) == texts(other) != texts(raw)
     task = [*args, "--jsonl", "--task", "translate", "--to", "French", "--show-prompt"]
-    done = program(
+    done = forked(
         tmp_path, *task, stdin=b'{"text": "one", "from": "German"}\n{"prompt": "two", "from": "x"}\n'
     )
     assert [("German" in text, "French" in text) for text in texts(done)] == [(True, True), (False, True)]
@@ -354,9 +345,9 @@ def test_a_chat_in_records(program: Program, small_model: Callable[..., Path], t
     ],
 )
 def test_wrong_combinations_need_no_model(
-    program: Program, tmp_path: Path, args: list[str], says: str
+    forked: Program, tmp_path: Path, args: list[str], says: str
 ) -> None:
-    done = program(tmp_path, "generate", "-m", "./absent", *args, stdin=b"")
+    done = forked(tmp_path, "generate", "-m", "./absent", *args, stdin=b"")
     assert (done.returncode, done.stdout) == (2, b""), done.stderr
     assert says in done.stderr.decode()
     assert not list(tmp_path.iterdir())
@@ -473,18 +464,19 @@ def test_killed_at_random_moments(run: Callable[..., Done], tmp_path: Path, how:
         kills += done.returncode == -signal.SIGKILL
         if (tmp_path / "out.jsonl").exists():
             assert (tmp_path / "out.jsonl").read_bytes() == reference
-            (tmp_path / "out.jsonl").unlink()
+            for left in tmp_path.glob("out.jsonl*"):  # killed behind the renaming, it leaves its state
+                left.unlink()
     assert run(*job, "-o", "out.jsonl", "--resume", n=12).returncode == 0
     assert (tmp_path / "out.jsonl").read_bytes() == reference
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_input(start: Start, tmp_path: Path) -> None:
-    """Peak of 200,000 tiny records within 50 MB of that of 2,000."""
+    """Peak of 50,000 tiny records within 12 MB of that of 2,000: of 200,000 it would be within 50 MB."""
     model, peaks = tmp_path / "tiny", []
     model.mkdir()
     build("tiny", model)
-    for count in (2_000, 200_000):
+    for count in (2_000, 50_000):
         many(tmp_path, count)
         child = start("-m", str(model), "-i", "many.jsonl", "-o", f"{count}.jsonl", "-n", "1", "--greedy")
         _, status, usage = os.wait4(child.pid, 0)
@@ -493,4 +485,4 @@ def test_memory_does_not_grow_with_the_input(start: Start, tmp_path: Path) -> No
         with (tmp_path / f"{count}.jsonl").open("rb") as file:
             assert sum(1 for _ in file) == count
         peaks.append(usage.ru_maxrss / 1024)
-    assert peaks[1] < peaks[0] + 50, peaks
+    assert peaks[1] < peaks[0] + 12, peaks

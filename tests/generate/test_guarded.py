@@ -2,17 +2,16 @@
 
 import json
 import re
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pexpect
 import pytest
 from parts.endpoint import DONE, Stub, event, events
 from parts.pieces import Pieces, answered
 from parts.program import Program
+from parts.shell import Seat
 
 from textgen_cli.errors import SafetyError
 from textgen_cli.events import Event, Notice
@@ -108,13 +107,6 @@ def test_messages_are_judged_one_by_one(tmp_path: Path) -> None:
 # --- the program
 
 
-@pytest.fixture(name="program", scope="module")
-def _program() -> Iterator[Program]:
-    program = Program()
-    yield program
-    program.close()
-
-
 def frequent(texts: list[str]) -> str:
     """A string of two letters that some of these texts hold, and some do not."""
     grams: Counter[str] = Counter()
@@ -131,13 +123,13 @@ def records(data: bytes) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_batch_its_verdicts_and_resuming(
-    program: Program, small_model: Callable[..., Path], tmp_path: Path
+    forked: Program, small_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     common = ["generate", "-m", str(small_model("llama")), "--dtype", "float32", "-n", "6"]
     prompts = "".join(f"word {n}\n" for n in range(8)).encode()
     (tmp_path / "in.txt").write_bytes(prompts)
     plain = records(
-        program(tmp_path, *common, "--lines", "--jsonl", "--batch-size", "1", stdin=prompts).stdout
+        forked(tmp_path, *common, "--lines", "--jsonl", "--batch-size", "1", stdin=prompts).stdout
     )
     word = frequent([record["text"] for record in plain])
     (tmp_path / "list").write_text(f"re:{word}\n")
@@ -148,7 +140,7 @@ def test_a_batch_its_verdicts_and_resuming(
         return [*common, *read, "-o", out, "--safety", "list", "--on-unsafe", action, *more]
 
     for action in ("flag", "redact", "drop", "retry"):
-        done = program(tmp_path, *job(action, action))
+        done = forked(tmp_path, *job(action, action))
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     found = {a: records((tmp_path / a).read_bytes()) for a in ("flag", "redact", "drop", "retry")}
     for at, (old, hit) in enumerate(zip(plain, hits, strict=True)):
@@ -163,39 +155,39 @@ def test_a_batch_its_verdicts_and_resuming(
         assert ("draws" in retry["safety"]) == bool(hit)
     assert any(record["text"] for record, hit in zip(found["retry"], hits, strict=True) if hit)
     # Broken off and gone on with it is the same, also where texts were drawn again; with another list it is refused.
-    assert program(tmp_path, *job("retry", "again", "--max-time", "0.000001")).returncode == 3
+    assert forked(tmp_path, *job("retry", "again", "--max-time", "0.000001")).returncode == 3
     (tmp_path / "list").write_text(f"re:{word}\n\n")
-    refused = program(tmp_path, *job("retry", "again", "--resume"))
+    refused = forked(tmp_path, *job("retry", "again", "--resume"))
     assert refused.returncode == 10 and b"guarding.safety was" in refused.stderr
     (tmp_path / "list").write_text(f"re:{word}\n")
-    assert program(tmp_path, *job("retry", "again", "--resume")).returncode == 0
+    assert forked(tmp_path, *job("retry", "again", "--resume")).returncode == 0
     assert (tmp_path / "again").read_bytes() == (tmp_path / "retry").read_bytes()
 
 
 @pytest.mark.slow
-def test_one_prompt_without_jsonl(program: Program, small_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_one_prompt_without_jsonl(forked: Program, small_model: Callable[..., Path], tmp_path: Path) -> None:
     common = ["generate", "word", "-m", str(small_model("llama")), "--dtype", "float32", "-n", "12"]
-    text = program(tmp_path, *common).stdout.decode()
+    text = forked(tmp_path, *common).stdout.decode()
     word = frequent([text, ""])
     (tmp_path / "list").write_text(f"re:{word}\n")
     job = [*common, "--safety", "list", "--on-unsafe"]
-    done = program(tmp_path, *job, "flag")
+    done = forked(tmp_path, *job, "flag")
     warned = b"textgen: warning: [W-UNSAFE] text matches list:1\n"
     assert (done.returncode, done.stdout.decode(), done.stderr) == (0, text, warned)
-    done = program(tmp_path, *job, "redact")
+    done = forked(tmp_path, *job, "redact")
     assert (done.stdout.decode(), done.stderr) == (re.sub(f"(?i){word}", "██", text), b"")
-    done = program(tmp_path, *job, "drop")
+    done = forked(tmp_path, *job, "drop")
     assert (done.returncode, done.stdout) == (6, b"")
     assert done.stderr == b"textgen: error: [E-UNSAFE] text: matches list:1\n"
     (tmp_path / "list").write_text("re:(\n")
-    done = program(tmp_path, *job, "flag", "-m", "/nonexistent")  # told before a model is looked for
+    done = forked(tmp_path, *job, "flag", "-m", "/nonexistent")  # told before a model is looked for
     assert done.returncode == 2 and b"[E-SAFETY] list:1: pattern" in done.stderr
-    done = program(tmp_path, *job, "retry", "--greedy")
+    done = forked(tmp_path, *job, "retry", "--greedy")
     assert done.returncode == 2 and b"[E-CONFLICT] --on-unsafe retry" in done.stderr
 
 
 @pytest.mark.slow
-def test_what_a_terminal_shows_of_a_server_that_streams(tmp_path: Path) -> None:
+def test_what_a_terminal_shows_of_a_server_that_streams(forked: Program, tmp_path: Path) -> None:
     """A phrase over several events: at no time does any of it stand on the terminal."""
     (tmp_path / "list").write_text("bad word\n你好\n")
     texts = ["so b", "ad", " wo", "rd, bad wo", "ol 你", "好!"]
@@ -204,12 +196,9 @@ def test_what_a_terminal_shows_of_a_server_that_streams(tmp_path: Path) -> None:
     with Stub([events(*pieces)]) as stub:
         argv = ["generate", "p", "-m", "m", "--endpoint", stub.url]
         argv += ["--safety", "list", "--on-unsafe", "redact"]
-        child = pexpect.spawn(
-            sys.executable, ["-m", "textgen_cli", *argv], cwd=str(tmp_path), encoding="utf-8", timeout=60
-        )
-        shown = child.read()
-        child.close()
-    assert child.exitstatus == 0, shown
+        seat = Seat(forked, tmp_path, *argv)
+        code, shown = seat.ended(), str(seat.screen.before)
+    assert code == 0, shown
     assert "so ████████, bad wool ██!" in shown
     assert "你" not in shown
     # What has been written stays in what was read, so a match that was taken back would stand here.

@@ -1,24 +1,15 @@
 """The program as a process that is hurt while it runs: signals, files that change, system calls that fail.
 
-The program itself is that of `program.py`; here stands what is done to it and what it may leave behind.
+The program itself is that of `program.py`; here stands what is done to it.
 """
 
 import ctypes
-import json
 import os
 import resource
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from parts import program
-from parts.program import Done, Program
 
 PATIENCE = 60  # seconds
 IN_OPEN = 0x20  # linux/inotify.h
@@ -98,61 +89,6 @@ ssize_t readv(int fd, const struct iovec *into, int count) {
     return fails("readv", fd, NULL) ? -1 : real(fd, into, count);
 }
 """
-
-
-# Imports all that a run needs, so that a child begins where a run's own work begins.
-SERVE = """
-import runpy, sys
-from textgen_cli.cli import app
-from textgen_cli.generate import run
-from textgen_cli.model import fingerprint, load
-runpy.run_path(sys.argv[1], run_name="__main__")
-"""
-
-
-class Patient(Program):
-    """The program, with a child that can be reached while it runs; `environment` is that of its first process."""
-
-    def __init__(self, **environment: str) -> None:
-        keep = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-        keep |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HOME": "/nonexistent"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, program.__file__], env=keep | environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def during(
-        self,
-        act: Callable[[int], None],
-        folder: Path,
-        *args: str,
-        stdin: Path | None = None,
-        stdout: Path | None = None,
-        **variables: str,
-    ) -> Done:
-        """Run it; `act` is called with its process id while it runs. A given stream's bytes are not collected."""
-        with tempfile.TemporaryDirectory() as aside:  # the folder's disk may be full
-            own = [Path(aside) / name for name in ("stdout", "stderr")]
-            streams = [str(stdin or os.devnull), str(stdout or own[0]), str(own[1])]
-            status = self._run(
-                act, {"args": args, "folder": str(folder), "streams": streams, "variables": variables}
-            )
-            return Done(status, b"" if stdout else own[0].read_bytes(), own[1].read_bytes())
-
-    def _run(self, act: Callable[[int], None], order: dict[str, Any]) -> int:
-        pipes: Any = self._process
-        pipes.stdin.write(json.dumps(order) + "\n")
-        pipes.stdin.flush()
-        child = int(pipes.stdout.readline())
-        try:
-            act(child)
-        except BaseException:
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-            raise
-        finally:
-            status = int(pipes.stdout.readline().split()[0])  # behind it stands the peak of its memory
-        return status
 
 
 def wait_until(true: Callable[[], bool]) -> None:

@@ -25,6 +25,11 @@ allowed = False
 _COMPILER = "torch._dynamo"
 _TRACED = f"{_COMPILER}._trace_wrapped_higher_order_op"
 
+# Shapes made of symbols: torch asks whether it has any wherever it computes with tensors that are shapes alone.
+_SYMBOLS = "sympy"
+_SYMBOLIC = "torch.fx.experimental.symbolic_shapes"
+_TRUTH = ("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious", "statically_known_true")
+
 # What else the modelling code imports where it is there: sharding over processes, and the loss of object detection.
 _UNUSED = frozenset({"is_torch_distributed_available", "is_scipy_available"})
 
@@ -34,14 +39,10 @@ _MODELLING = ("transformers.modeling_utils", "transformers.generation.utils", "t
 
 def load(config: "ModelConfig", purpose: "Purpose", report: "Report") -> "Model":
     """What `load.load` gives and raises."""
-    if not allowed or {_COMPILER, *_MODELLING} & sys.modules.keys():
+    if not allowed:
         return _load(config, purpose, report)
-    with _without_compiler():
-        _answer_no()
-        for name in _MODELLING:
-            importlib.import_module(name)
-        with _compiling_when_used():
-            return _load(config, purpose, report)
+    with without_compiler():
+        return _load(config, purpose, report)
 
 
 def _load(config: "ModelConfig", purpose: "Purpose", report: "Report") -> "Model":
@@ -51,20 +52,72 @@ def _load(config: "ModelConfig", purpose: "Purpose", report: "Report") -> "Model
 
 
 @contextmanager
-def _without_compiler() -> Iterator[None]:
-    """Stand-ins for the compiler's modules, taken away again: whoever imports it later gets the real one."""
+def without_compiler() -> Iterator[None]:
+    """Import and load within it; once the real compiler is there it stays, and this does nothing."""
+    if _COMPILER in sys.modules:
+        yield
+        return
+    with _stand_ins():
+        _answer_no()
+        for name in _MODELLING:
+            importlib.import_module(name)
+        with _compiling_when_used():
+            yield
+
+
+@contextmanager
+def _stand_ins() -> Iterator[None]:
+    """For the compiler's modules and the symbols', taken away again: whoever imports them later gets the real ones."""
     import torch
 
     compiler, traced = ModuleType(_COMPILER), ModuleType(_TRACED)
     compiler.__path__ = [f"{torch.__path__[0]}/_dynamo"]  # its other modules are themselves
     vars(compiler).update(dict.fromkeys(("allow_in_graph", "assume_constant_result", "disable"), _mark))
     vars(traced)["TransformGetItemToIndex"] = _real_transform
-    sys.modules.update({_COMPILER: compiler, _TRACED: traced})
+    symbols, symbolic = _Unused(_SYMBOLS), _Unused(_SYMBOLIC)
+    vars(symbols)["Basic"] = type("Basic", (), {})  # the class of symbols: nothing is one
+    vars(symbolic).update(dict.fromkeys(_TRUTH, bool), **_OF_NUMBERS)
+    modules = {_COMPILER: compiler, _TRACED: traced, _SYMBOLS: symbols, _SYMBOLIC: symbolic}
+    ours = {name: module for name, module in modules.items() if name not in sys.modules}
+    sys.modules.update(ours)
     vars(torch)["_dynamo"] = compiler
     try:
         yield
     finally:
-        del sys.modules[_COMPILER], sys.modules[_TRACED], vars(torch)["_dynamo"]
+        _take_away(ours)
+        if vars(torch).get("_dynamo") is compiler:
+            del vars(torch)["_dynamo"]
+
+
+def _take_away(modules: dict[str, ModuleType]) -> None:
+    for name, module in modules.items():
+        if sys.modules.get(name) is module:
+            del sys.modules[name]
+
+
+class _Unused(ModuleType):
+    """A module that becomes the real one when more is asked of it than it has."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        _take_away({key: module for key, module in sys.modules.items() if isinstance(module, _Unused)})
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def _no(*_: Any) -> bool:
+    return False
+
+
+# What is true of sizes that are plain numbers.
+_OF_NUMBERS: dict[str, Callable[..., Any]] = {
+    "is_nested_int": _no,
+    "has_guarding_hint": lambda _: True,
+    "guarding_hint_or_throw": int,
+    "sym_eq": lambda one, other: one == other if isinstance(one, int) else (*one,) == (*other,),
+    "sym_and": lambda *values: all(values),
+    "sym_or": lambda *values: any(values),
+}
 
 
 def _mark(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Any:
@@ -82,7 +135,7 @@ def _answer_no() -> None:
     from transformers import utils
 
     for place in (vars(utils), vars(utils.import_utils)):
-        place.update(dict.fromkeys(_UNUSED & place.keys(), lambda: False))
+        place.update(dict.fromkeys(_UNUSED & place.keys(), _no))
 
 
 @contextmanager

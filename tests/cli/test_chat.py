@@ -35,7 +35,7 @@ class Person:
 
     def __init__(self, program: Program, folder: Path, *args: str, **variables: str) -> None:
         self.folder = folder
-        self.seat = Seat(program, folder, *args, **variables)
+        self.seat = Seat(program, folder, args, variables)
         self.screen = self.seat.screen
         self.screen.expect_exact(PROMPT)
 
@@ -301,7 +301,7 @@ def test_what_cannot_become_a_conversation(
     forked: Program, folder: Path, small_model: Any, tmp_path: Path, args: tuple[str, ...], name: str
 ) -> None:
     model = folder if args else small_model("gpt2")
-    seat = Seat(forked, tmp_path, "generate", "--chat", "-m", str(model), *args)
+    seat = Seat(forked, tmp_path, ["generate", "--chat", "-m", str(model), *args])
     assert (seat.ended(), name in seat.screen.before) == (2 if args else 5, True)
 
 
@@ -428,5 +428,5 @@ def test_what_a_server_refuses_is_told_and_the_message_taken_back(talk: Talk) ->
 def test_a_server_that_cannot_be_had(forked: Program, tmp_path: Path) -> None:
     for address, code, name in (("ftp://x", 2, "E-ENDPOINT"), ("http://10.0.0.1:1/v1", 6, "E-INSECURE-KEY")):
         argv = ["generate", "--chat", "--endpoint", address, "-m", "m"]
-        seat = Seat(forked, tmp_path, *argv, TEXTGEN_API_KEY="k")
+        seat = Seat(forked, tmp_path, argv, {"TEXTGEN_API_KEY": "k"})
         assert (seat.ended(), f"[{name}]" in seat.screen.before) == (code, True)

@@ -187,7 +187,7 @@ def test_a_contrast_without_a_context(run: Any) -> None:
 
 def test_on_a_terminal(forked: Program, small_model: Any, tmp_path: Path) -> None:
     args = ["-m", str(small_model("llama")), TEXT, "-n", "3", "--explain", "attention"]
-    seat = Seat(forked, tmp_path, "generate", *args, size=(40, 60), TERM="xterm-256color")
+    seat = Seat(forked, tmp_path, ["generate", *args], {"TERM": "xterm-256color"}, size=(40, 60))
     assert seat.ended() == 0
     shown = str(seat.screen.before)
     assert re.search(r"\x1b\[[0-9;]*48;", shown)

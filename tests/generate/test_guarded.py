@@ -196,7 +196,7 @@ def test_what_a_terminal_shows_of_a_server_that_streams(forked: Program, tmp_pat
     with Stub([events(*pieces)]) as stub:
         argv = ["generate", "p", "-m", "m", "--endpoint", stub.url]
         argv += ["--safety", "list", "--on-unsafe", "redact"]
-        seat = Seat(forked, tmp_path, *argv)
+        seat = Seat(forked, tmp_path, argv)
         code, shown = seat.ended(), str(seat.screen.before)
     assert code == 0, shown
     assert "so ████████, bad wool ██!" in shown

@@ -76,10 +76,10 @@ class Program:
         streams: Sequence[int],
         folder: Path,
         args: Sequence[str],
+        variables: dict[str, str],
         *,
         terminal: bool = False,
         opened: dict[int, str] | None = None,
-        **variables: str,
     ) -> Started:
         """Run it with these descriptors; `terminal`: the second is one, which it is to control. `opened`: files
         that it opens itself in place of some of them, since a pipe lets it wait for the other end.
@@ -137,7 +137,7 @@ class Program:
     ) -> Done:  # fmt: skip
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             streams = [stdin, out.fileno(), err.fileno()]
-            started = self.start(streams, folder, args, opened=opened, **variables)
+            started = self.start(streams, folder, args, variables, opened=opened)
             status = act(started)
             for file in (out, err):
                 file.seek(0)

@@ -5,6 +5,7 @@ import pty
 import subprocess
 import sys
 import termios
+from collections.abc import Sequence
 from pathlib import Path
 
 import pexpect.fdpexpect
@@ -65,15 +66,19 @@ class Seat:
     """The program on a pseudo-terminal of its own; `screen` is what it shows and takes (pexpect)."""
 
     def __init__(
-        self, program: Program, folder: Path, *args: str, size: tuple[int, int] = (40, 100), **variables: str
+        self,
+        program: Program,
+        folder: Path,
+        args: Sequence[str],
+        variables: dict[str, str] | None = None,
+        size: tuple[int, int] = (40, 100),
     ) -> None:
         """`size`: lines and columns."""
         master, slave = pty.openpty()
         termios.tcsetwinsize(slave, size)
         self.screen = pexpect.fdpexpect.fdspawn(master, timeout=60, encoding="utf-8")
-        self.started = program.start(
-            [slave] * 3, folder, args, terminal=True, **{"TERM": "xterm"} | variables
-        )
+        known = {"TERM": "xterm"} | (variables or {})
+        self.started = program.start([slave] * 3, folder, args, known, terminal=True)
         os.close(slave)
 
     def ended(self) -> int:

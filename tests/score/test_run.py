@@ -524,7 +524,7 @@ def on_terminal(
     reading, writing = os.pipe()
     streams = [slave if stdin is None else reading, slave, slave]
     known = {"TERM": "xterm-256color", "HOME": str(folder)}
-    started = forked.start(streams, folder, ["score", *args], terminal=True, **known | variables)
+    started = forked.start(streams, folder, ["score", *args], known | variables, terminal=True)
     os.write(writing, stdin or b"")
     for end in (slave, reading, writing):
         os.close(end)

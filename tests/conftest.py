@@ -29,8 +29,16 @@ LONGEST = (
 )  # fmt: skip
 
 
+# What starts the program, or needs the real default model: tests that ask for it are of the slow tier.
+SLOW_FIXTURES = frozenset({"forked", "shimmed", "default_model", "program", "border"})
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, each in its own order."""
+    """The longest files first, each in its own order; and the tier of those that start the program."""
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(LONGEST)))
 

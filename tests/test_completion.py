@@ -16,6 +16,8 @@ CONTROL = re.compile(
     r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|\x1b\][^\x07]*\x07|[\x00-\x08\x0b-\x1f]|\x1b[=>]"
 )
 
+pytestmark = pytest.mark.slow  # each starts a program
+
 # shell -> its command line without the user's own start files, and the lines that load the completion
 SHELLS = {
     "bash": (

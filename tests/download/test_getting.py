@@ -26,6 +26,8 @@ from textgen_cli.errors import NetworkError, OutputError, SafetyError, TextgenEr
 from textgen_cli.events import Event, Notice, silent
 from textgen_cli.model import hub as hub_module
 
+pytestmark = pytest.mark.slow  # each starts a program
+
 NAME = "org/small"
 TEXTGEN = str(Path(sysconfig.get_path("scripts")) / "textgen")
 MORE = {

@@ -19,6 +19,8 @@ from textgen_cli.errors import ModelError, NetworkError, OutputError, SafetyErro
 from textgen_cli.events import Event, Progress, silent
 from textgen_cli.model import index
 
+pytestmark = pytest.mark.slow  # each starts a program
+
 CONTENT = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 NAME = "tiny-model==0.1"

@@ -110,8 +110,8 @@ class Facts:
 def inspect(config: ModelConfig, report: Report, include: tuple[str, ...] = ()) -> Facts:
     """What is known of a model that a name means; `include`: patterns that choose a GGUF file of a repository.
 
-    Raises UsageError for the name and the patterns; NetworkError, ModelError, SafetyError, OutputError as its source does; ModelError
-    E-ARCH for one that textgen does not run.
+    Raises UsageError for the name and the patterns; NetworkError, ModelError, SafetyError, OutputError as its source
+    does; ModelError E-ARCH for one that textgen does not run.
     """
     if config.locked is not None:
         name, pinned = lock.find(config.locked, config.model, DEFAULT_MODEL)

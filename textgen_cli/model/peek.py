@@ -102,7 +102,9 @@ class Shelf:
         read = functools.partial(parse_header, file.name, file.size)
         return self._begun(file, read, limit=HEADER_LIMIT + 8)
 
-    def _begun(self, file: File, read: Callable[[Callable[[int], bytes]], T], *, limit: int | None = None) -> T:
+    def _begun(
+        self, file: File, read: Callable[[Callable[[int], bytes]], T], *, limit: int | None = None
+    ) -> T:
         """What `read` makes of a file, given a function that takes the next bytes from its beginning on.
 
         `limit`: so many bytes are asked for at most, and the connection is closed where less will do.
@@ -125,7 +127,9 @@ class Shelf:
                         "E-NETWORK", file.name, "the server sends another part than it was asked for"
                     )
                 if body.total not in (None, file.size):
-                    raise NetworkError("E-REMOTE", file.name, "the server sends a file of another size than listed")
+                    raise NetworkError(
+                        "E-REMOTE", file.name, "the server sends a file of another size than listed"
+                    )
                 return read(_taker(transfer.paced(body.chunks, file.name), file))
 
         return client.call(ask, where, self.cached.commit)
@@ -160,7 +164,10 @@ def shelf(
     mirror: str | None = None,
     deep: bool = False,
 ) -> Shelf:
-    """The files of what a revision means now; `deep`: those in folders, too. Raises what `hub.whereabouts` and `hub.listing` raise."""
+    """The files of what a revision means now; `deep`: those in folders, too.
+
+    Raises what `hub.whereabouts` and `hub.listing` raise.
+    """
     cached, where = hub.whereabouts(repo, revision, offline=offline, report=report, mirror=mirror)
     if where is None:
         files = snapshot.recorded(cached) or snapshot.adopted(cached.folder)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from parts import files
+from parts import gguf_files as made
 from parts.hub import Hub
 from parts.public_configs import PUBLIC, headers, row
 from torch.utils.flop_counter import FlopCounterMode
@@ -205,7 +206,81 @@ def test_of_large_weights_the_beginning_alone_is_read(server: Hub, tmp_path: Pat
     server.fault("resolve/.*safetensors", cut=size // 2)  # whoever reads on meets the end of the connection
     found = look(NAME)
     assert found.weights is not None and found.weights.total == size // 4
-    assert len(server.requests("GET", "safetensors")) == 1
+    (asked,) = server.requests("GET", "safetensors")
+    assert asked.headers["range"] == f"bytes=0-{len(whole) - 1}"
+
+
+# --- a GGUF file of a Hub
+
+
+def gguf_file(*more: bytes, vocabulary: int = 8) -> bytes:
+    """A file whose header is long where the words of its vocabulary are."""
+    words = made.items(made.STRING, ["x" * (1 << 19)] * vocabulary)
+    pairs = [made.pair(f"llama.{name}", made.U32, number) for name, number in SIZES.items()]
+    tokens = made.pair("tokenizer.ggml.tokens", made.ARRAY, words)
+    rows = [made.row("token_embd.weight", (8, 16)), made.row("output.weight", (8, 16), offset=512)]
+    return made.build((made.ARCHITECTURE, *pairs, tokens, *more), rows, data=5 << 20)
+
+
+SIZES = {"embedding_length": 8, "block_count": 1, "attention.head_count": 2, "context_length": 64}
+MANY = {"small-q4.gguf": gguf_file(), "small-q8.gguf": gguf_file(vocabulary=9), "notes.txt": b"n"}
+
+
+def test_a_gguf_file_of_a_hub_is_told_as_it_would_be_here(server: Hub, tmp_path: Path) -> None:
+    whole = MANY["small-q4.gguf"]  # a header of 4 MB: it is read in steps that grow
+    (tmp_path / "small-q4.gguf").write_bytes(whole)
+    server.add(NAME, {"small-q4.gguf": whole, "README.md": CARD})
+    server.fault("resolve/.*gguf", cut=9 << 20)  # what lies far behind the header is never sent
+    found, local = look(NAME), look(tmp_path / "small-q4.gguf")
+    assert (found.weights, found.sizes, found.files) == (local.weights, local.sizes, local.files)
+    assert (found.source, found.licence, local.licence) == ("hub", "apache-2.0", None)
+    assert found.fields()["context"] == 64 and not list(tmp_path.rglob("blobs"))
+    (asked,) = server.requests("GET", "gguf")
+    assert asked.headers["range"] == f"bytes=0-{len(whole) - 1}"
+
+
+def test_of_several_gguf_files_one_is_chosen(server: Hub, capfdbinary: Any) -> None:
+    server.add(NAME, MANY)
+    assert run(["download", NAME, "--info"]) == 2
+    assert (
+        b"has 2 GGUF files" in (told := capfdbinary.readouterr().err) and b"--include small-q4.gguf" in told
+    )
+    assert run(["download", NAME, "--info", "--json", "--include", "*q8*"]) == 0
+    assert json.loads(capfdbinary.readouterr().out)["files"] == [
+        {"name": "small-q8.gguf", "size": len(MANY["small-q8.gguf"])}
+    ]
+    for pattern, code in {"*.txt": 2, "*q9*": 5}.items():
+        assert run(["download", NAME, "--info", "--include", pattern]) == code
+    assert run(["download", "./here", "--info", "--include", "*"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "answer", "error"),
+    [
+        (gguf_file()[: -(5 << 20)], {}, ("E-GGUF", "truncated")),  # the list has less of it than its header
+        (gguf_file(vocabulary=12), {}, ("E-GGUF", "end of the header")),  # longer than any header may be
+        (b"GGML" + bytes(2 << 20), {}, ("E-GGUF", "not a GGUF file")),
+        (gguf_file(), {"headers": {"Content-Range": "bytes 0-99/100"}}, ("E-REMOTE", "another size")),
+        (gguf_file(), {"headers": {"Content-Range": "bytes 8-99/100"}}, ("E-NETWORK", "another part")),
+        (gguf_file(), {"cut": 3 << 20}, ("E-NETWORK", "broke off")),
+        (gguf_file(made.pair("split.count", made.U16, 3)), {}, ("E-GGUF", "split into 3")),
+    ],
+)  # fmt: skip
+def test_a_gguf_file_that_lies_or_a_server_that_does(
+    server: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+    content: bytes,
+    answer: dict[str, Any],
+    error: tuple[str, str],
+) -> None:
+    monkeypatch.setattr("textgen_cli.model.gguf.MAX_HEADER", 5 << 20)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    server.add(NAME, {"small.gguf": content})
+    if answer:
+        server.fault("resolve/.*gguf", **answer)
+    with pytest.raises((ModelError, NetworkError), match=error[1]) as caught:
+        look(NAME)
+    assert caught.value.name == error[0]
 
 
 def test_what_is_in_the_cache_is_told_without_a_connection(

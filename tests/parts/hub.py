@@ -217,11 +217,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 unquote(path.path + ("?" + path.query if "/tree/" in path.path else ""))
             )
             current = request.headers.get("if-range") in (None, {**headers, **fault.headers}.get("ETag"))
-            match = re.fullmatch(r"bytes=(\d+)-", request.headers.get("range", ""))
+            match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
             if match and current and not fault.whole and status == 200:
-                start = int(match[1])
-                headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-                status, body = 206, body[start:]
+                start, end = int(match[1]), min(int(match[2] or len(body)) + 1, len(body))
+                headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(body)}"
+                status, body = 206, body[start:end]
             if fault.status is not None:
                 status, headers, body = fault.status, {}, b""
             if fault.body is not None:

@@ -187,7 +187,8 @@ def _info(config: DownloadConfig, name: str | None, report: Reporter) -> None:
     output = Output(before_terminal=report.stop)
     for one in names(config, name):
         if config.knowing.for_ is None:
-            fields, lines = inspect(_named(config, one).model, report).fields(), knowing.lines
+            found = inspect(_named(config, one).model, report, config.getting.include)
+            fields, lines = found.fields(), knowing.lines
         else:
             from textgen_cli.download.work import estimate
 

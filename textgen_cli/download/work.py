@@ -22,7 +22,7 @@ def estimate(config: DownloadConfig, report: Report) -> dict[str, Any]:
 
     Raises what `inspect` raises; ModelError E-CONFIG where the config does not tell the sizes, UsageError E-DEVICE.
     """
-    facts = inspect(config.model, report)
+    facts = inspect(config.model, report, config.getting.include)
     network = network_of(facts)
     placement = device.place(
         config.model, "finetune" if config.knowing.for_ == "finetune" else _purpose(config)

@@ -189,15 +189,19 @@ def tree(where: Place, commit: str, *, deep: bool) -> list[tuple[str, Any, Any, 
 
 
 @contextmanager
-def body(where: Place, commit: str, name: str, start: int, etag: str | None) -> Iterator[Body]:
+def body(
+    where: Place, commit: str, name: str, start: int, etag: str | None, *, until: int | None = None
+) -> Iterator[Body]:
     """The bytes of a file from `start` on, if it still has the ETag; the whole file where the server thinks otherwise.
+
+    `until`: the number of bytes from the beginning that are asked for at most.
 
     Raises wire.Passing for what is worth another try, else NetworkError.
     """
     url = f"{where.endpoint}/{where.repo}/resolve/{commit}/{quote(name)}"
     headers = {**build_hf_headers(token=token(where.endpoint)), "Accept-Encoding": "identity"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
+    if start or until:
+        headers["Range"] = f"bytes={start}-{until - 1 if until else ''}"
         if etag:
             headers["If-Range"] = etag
     with (

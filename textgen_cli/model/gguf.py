@@ -7,7 +7,7 @@ Knows no torch and no gguf package, decodes no tensor, and judges no architectur
 import mmap
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 from textgen_cli.errors import ModelError
 
 VERSIONS = (2, 3)  # version 1 counted in 32 bits; nothing reads it any more
+LEAST = 24  # bytes: magic, version, two counts
+FIRST = 1 << 20  # bytes of a header that are read at first where it comes over a network
 
 # Limits, each several times what the largest published models need; they keep a check under a second.
 MAX_KEYS = 1 << 16
@@ -137,15 +139,44 @@ def check(path: Path) -> Header:
     cannot be read.
     """
     with _opened(path) as (data, size):
-        cursor = _Cursor(data, min(size, MAX_HEADER), path.name)
-        version = _version(cursor)
-        tensor_count, key_count = cursor.scalar(U64), cursor.scalar(U64)
-        if key_count > MAX_KEYS or not 0 < tensor_count <= MAX_TENSORS:
-            raise cursor.refusal(f"claims {key_count} metadata keys and {tensor_count} tensors")
-        metadata, lengths = _metadata(cursor, key_count)
-        _check_meaning(cursor, metadata, lengths)
-        tensors = _tensors(cursor, tensor_count, metadata.get("general.alignment", 32), size)
+        return _header(_Cursor(data, min(size, MAX_HEADER), path.name), size)
+
+
+def read(name: str, size: int, take: Callable[[int], bytes]) -> Header:
+    """The header of a GGUF file of `size` bytes, of which `take` gives the next so many from the beginning on.
+
+    No more is taken than twice the header, in steps that grow, and no more than MAX_HEADER. Raises ModelError E-GGUF.
+    """
+    if size < LEAST:
+        raise _too_few(name, size)
+    bound, data = min(size, MAX_HEADER), bytearray()
+    while True:
+        data += take(min(bound - len(data), max(FIRST, len(data))))
+        try:
+            return _header(_Cursor(data, len(data), name), size)
+        except _Beyond:
+            if len(data) >= bound:
+                raise
+
+
+def _header(cursor: "_Cursor", size: int) -> Header:
+    """What stands at the cursor, of a file of so many bytes."""
+    version = _version(cursor)
+    tensor_count, key_count = cursor.scalar(U64), cursor.scalar(U64)
+    if key_count > MAX_KEYS or not 0 < tensor_count <= MAX_TENSORS:
+        raise cursor.refusal(f"claims {key_count} metadata keys and {tensor_count} tensors")
+    metadata, lengths = _metadata(cursor, key_count)
+    _check_meaning(cursor, metadata, lengths)
+    tensors = _tensors(cursor, tensor_count, metadata.get("general.alignment", 32), size)
     return Header(version, metadata, lengths, tensors)
+
+
+class _Beyond(ModelError):
+    """The header goes on behind what is here of it."""
+
+
+def _too_few(name: str, size: int) -> ModelError:
+    return ModelError("E-GGUF", name, f"{size} bytes are too few for a GGUF file")
 
 
 @contextmanager
@@ -156,8 +187,8 @@ def _opened(path: Path) -> Iterator[tuple[mmap.mmap, int]]:
         # Looked at before opening: to open a named pipe would wait for its writer.
         if not stat.S_ISREG(status.st_mode):
             raise ModelError("E-GGUF", path.name, "is not a regular file")
-        if status.st_size < 24:
-            raise ModelError("E-GGUF", path.name, f"{status.st_size} bytes are too few for a GGUF file")
+        if status.st_size < LEAST:
+            raise _too_few(path.name, status.st_size)
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             yield data, len(data)
     except OSError as error:
@@ -167,7 +198,7 @@ def _opened(path: Path) -> Iterator[tuple[mmap.mmap, int]]:
 class _Cursor:
     """A place in the header that never moves past `end`."""
 
-    def __init__(self, data: mmap.mmap, end: int, subject: str) -> None:
+    def __init__(self, data: mmap.mmap | bytearray, end: int, subject: str) -> None:
         self.data, self.end, self.subject = data, end, subject
         self.position = 0
         self.items = MAX_ITEMS
@@ -176,11 +207,14 @@ class _Cursor:
     def refusal(self, fact: str) -> ModelError:
         return ModelError("E-GGUF", self.subject, fact)
 
+    def beyond(self, what: str) -> ModelError:
+        return _Beyond("E-GGUF", self.subject, f"{what} reaches past the end of the header")
+
     def skip(self, count: int, what: str) -> int:
         """Step over `count` bytes and return where they begin."""
         start = self.position
         if count > self.end - start:
-            raise self.refusal(f"{what} reaches past the end of the header")
+            raise self.beyond(what)
         self.position = start + count
         return start
 
@@ -277,9 +311,11 @@ def _strings(cursor: _Cursor, count: int, key: str) -> None:
     data, end, position = cursor.data, cursor.end, cursor.position
     for _ in range(count):
         start = position + U64.size
-        length = U64.unpack_from(data, position)[0] if start <= end else end
-        if length > min(MAX_ITEM, end - start):
-            raise cursor.refusal(f"an element of {key!r} is too long or reaches past the end of the header")
+        length = U64.unpack_from(data, position)[0] if start <= end else 0
+        if length > MAX_ITEM:
+            raise cursor.refusal(f"an element of {key!r} of {length} bytes is longer than {MAX_ITEM}")
+        if start + length > end:
+            raise cursor.beyond(f"an element of {key!r}")
         position = start + length
         try:
             str(data[start:position], "utf-8")

@@ -5,21 +5,23 @@ imports no library of models, and fetches nothing but a wheel of a package index
 """
 
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from textgen_cli.config import DEFAULT_MODEL, ModelConfig
-from textgen_cli.errors import ModelError
+from textgen_cli.errors import ModelError, UsageError
 from textgen_cli.events import Report
-from textgen_cli.model import anatomy, cache, gguf, lock, packaged, peek, wheel
+from textgen_cli.model import anatomy, cache, gguf, gguf_words, lock, packaged, peek, wheel
 from textgen_cli.model.anatomy import Sizes, Weights
 from textgen_cli.model.catalog import CATALOG
 from textgen_cli.model.check import LOADABLE, check_config, check_folder
 from textgen_cli.model.family import Family, family_of
+from textgen_cli.model.selection import Wanted, choose
 from textgen_cli.model.source import Kind, Source, locate, parse
-from textgen_cli.model.weights import ADAPTER, Tensor, no_weights, read_header, read_json
+from textgen_cli.model.weights import ADAPTER, INDEX, SINGLE, Tensor, no_weights, read_header, read_json
 
 CARD = "README.md"
 CARD_LIMIT = 1 << 20  # bytes
@@ -105,17 +107,21 @@ class Facts:
         return own
 
 
-def inspect(config: ModelConfig, report: Report) -> Facts:
-    """What is known of a model that a name means.
+def inspect(config: ModelConfig, report: Report, include: tuple[str, ...] = ()) -> Facts:
+    """What is known of a model that a name means; `include`: patterns that choose a GGUF file of a repository.
 
-    Raises UsageError for the name; NetworkError, ModelError, SafetyError, OutputError as its source does; ModelError
-    E-ARCH for one that textgen does not run.
+    Raises UsageError for the name and the patterns; NetworkError, ModelError, SafetyError, OutputError as its source
+    does; ModelError E-ARCH for one that textgen does not run.
     """
     if config.locked is not None:
         name, pinned = lock.find(config.locked, config.model, DEFAULT_MODEL)
         at = f"@{pinned.revision}" if pinned.source == "hub" else ""
         config = replace(config, model=name.partition("@")[0] + at if at else name, locked=None)
     source = parse(config.model)
+    if include:
+        if source.kind != "hub":
+            raise UsageError("E-CONFLICT", "--include", "is for models of the Hub")
+        return _of_hub_file(_shelf(source, config, report, deep=True), include, config.model)
     return LOOKS[source.kind](source, config, report)
 
 
@@ -134,9 +140,9 @@ def licence_of(card: bytes) -> str | None:
 
 
 def _of_hub(source: Source, config: ModelConfig, report: Report) -> Facts:
-    shelf = peek.shelf(
-        source.name, source.revision, offline=config.offline, report=report, mirror=config.mirror
-    )
+    shelf = _shelf(source, config, report)
+    if not shelf.files.keys() & {SINGLE, INDEX, ADAPTER} and any(map(_is_gguf, shelf.files)):
+        return _of_hub_file(shelf, (), config.model)
     files = shelf.loadable()
     names = {file.name for file in files}
     found = shelf.json(CONFIG, "E-CONFIG")
@@ -159,6 +165,29 @@ def _of_hub(source: Source, config: ModelConfig, report: Report) -> Facts:
         files=tuple((file.name, file.size) for file in files),
         weights=_count(shelf.tensors(report), found, family),
     )
+
+
+def _shelf(source: Source, config: ModelConfig, report: Report, *, deep: bool = False) -> peek.Shelf:
+    return peek.shelf(
+        source.name, source.revision, offline=config.offline, report=report, mirror=config.mirror, deep=deep
+    )
+
+
+def _is_gguf(name: str) -> bool:
+    return name.lower().endswith(".gguf")
+
+
+def _of_hub_file(shelf: peek.Shelf, include: tuple[str, ...], model: str) -> Facts:
+    """The one GGUF file of a repository that is meant."""
+    files, _ = choose(shelf.repo, list(shelf.files.values()), Wanted(include or ("*.gguf", "*.GGUF")))
+    if not all(_is_gguf(file.name) for file in files):
+        raise UsageError("E-CONFLICT", "--include", "with --info and --for it chooses a GGUF file")
+    if len(files) > 1:
+        fact = f"has {len(files)} GGUF files that can be meant"
+        raise UsageError("E-USAGE", shelf.repo, fact, hint=f"--include {shlex.quote(files[0].name)}")
+    header, card = shelf.gguf(files[0]), licence_of(shelf.read(CARD, CARD_LIMIT) or b"")
+    found = _of_header(header, model, "hub", shelf.cached.commit, ((files[0].name, files[0].size),))
+    return replace(found, licence=found.licence or card)
 
 
 def _of_folder(source: Source, config: ModelConfig, report: Report) -> Facts:
@@ -211,53 +240,25 @@ def _of_index(source: Source, config: ModelConfig, report: Report) -> Facts:
 
 
 def _of_file(path: Path, model: str, kind: str, revision: str) -> Facts:
-    """A model in a GGUF file."""
-    header = gguf.check(path)
-    config = gguf_config(header)
-    tensors = {
-        tensor.name: Tensor(tensor.type, tensor.shape[::-1], 0, tensor.size) for tensor in header.tensors
-    }
-    family: Family = "seq2seq" if header.architecture.startswith("t5") else "causal"
-    licence = header.metadata.get("general.license")
+    """A model in a GGUF file of this machine."""
+    return _of_header(gguf.check(path), model, kind, revision, ((path.name, path.stat().st_size),))
+
+
+def _of_header(
+    header: gguf.Header, model: str, kind: str, revision: str, files: tuple[tuple[str, int], ...]
+) -> Facts:
+    config, family = gguf_words.config_of(header), gguf_words.family_of(header)
     return Facts(
         model=model,
         source=kind,
         revision=revision,
         config=config,
         family=family,
-        licence=licence if isinstance(licence, str) else None,
+        licence=gguf_words.licence_of(header),
         template=bool(header.chat_template),
-        files=((path.name, path.stat().st_size),),
-        weights=anatomy.count(tensors, config, family),
+        files=files,
+        weights=anatomy.count(gguf_words.tensors_of(header), config, family),
     )
-
-
-# Names of config.json -> what GGUF calls them behind the architecture's name.
-_GGUF_KEYS = {
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "v_head_dim": "attention.value_length",
-    "intermediate_size": "feed_forward_length",
-    "max_position_embeddings": "context_length",
-    "sliding_window": "attention.sliding_window",
-    "num_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-    "vocab_size": "vocab_size",
-}
-
-
-def gguf_config(header: gguf.Header) -> dict[str, Any]:
-    """What a GGUF file says of its sizes, in the words of config.json."""
-    kind = header.architecture
-    found = {name: header.metadata.get(f"{kind}.{key}") for name, key in _GGUF_KEYS.items()}
-    found["vocab_size"] = found["vocab_size"] or header.vocab_size
-    tied = all(tensor.name != "output.weight" for tensor in header.tensors)
-    return {"model_type": kind, "tie_word_embeddings": tied} | {
-        name: value for name, value in found.items() if value is not None
-    }
 
 
 def _of_catalog(source: Source, config: ModelConfig, report: Report) -> Facts:

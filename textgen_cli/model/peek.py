@@ -4,17 +4,19 @@ What is in the cache already is read there. A whole file is compared with its ha
 there is no hash, so what is told of it is what the server says. Nothing is kept.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from textgen_cli.errors import ModelError
+from textgen_cli.errors import ModelError, NetworkError
 from textgen_cli.events import Progress, Report
-from textgen_cli.model import client, hub, snapshot, together, transfer
+from textgen_cli.model import client, gguf, hub, snapshot, together, transfer
 from textgen_cli.model.selection import loadable
 from textgen_cli.model.snapshot import Cached, File
 from textgen_cli.model.weights import (
+    HEADER_LIMIT,
     INDEX,
     JSON_LIMIT,
     Tensor,
@@ -78,6 +80,11 @@ class Shelf:
         )
         return found
 
+    def gguf(self, file: File) -> gguf.Header:
+        """What the header of a GGUF file says. Raises ModelError E-GGUF, NetworkError."""
+        read = functools.partial(gguf.read, file.name, file.size)
+        return self._begun(file, read, limit=gguf.MAX_HEADER)
+
     def _headers(self, names: list[str], report: Report) -> dict[str, dict[str, Tensor]]:
         """The headers of several files, several at one time."""
         found: dict[str, dict[str, Tensor]] = {}
@@ -92,10 +99,16 @@ class Shelf:
         return found
 
     def _header(self, file: File) -> dict[str, Tensor]:
-        return self._begun(file, lambda take: parse_header(file.name, file.size, take))
+        read = functools.partial(parse_header, file.name, file.size)
+        return self._begun(file, read, limit=HEADER_LIMIT + 8)
 
-    def _begun(self, file: File, read: Callable[[Callable[[int], bytes]], T]) -> T:
-        """What `read` makes of a file, given a function that takes the next bytes from its beginning on."""
+    def _begun(
+        self, file: File, read: Callable[[Callable[[int], bytes]], T], *, limit: int | None = None
+    ) -> T:
+        """What `read` makes of a file, given a function that takes the next bytes from its beginning on.
+
+        `limit`: so many bytes are asked for at most, and the connection is closed where less will do.
+        """
         path = self.cached.folder / file.name
         if path.is_file():
             try:
@@ -105,13 +118,17 @@ class Shelf:
                 raise ModelError("E-READ", file.name, (error.strerror or str(error)).lower()) from error
         if self.where is None:
             raise ModelError("E-READ", file.name, "is not in the cache")
-        where = self.where
+        where, until = self.where, min(limit, file.size) if limit else None
 
         def ask() -> T:
-            with client.body(where, self.cached.commit, file.name, 0, None) as body:
+            with client.body(where, self.cached.commit, file.name, 0, None, until=until) as body:
                 if body.start != 0:
                     raise Passing(
                         "E-NETWORK", file.name, "the server sends another part than it was asked for"
+                    )
+                if body.total not in (None, file.size):
+                    raise NetworkError(
+                        "E-REMOTE", file.name, "the server sends a file of another size than listed"
                     )
                 return read(_taker(transfer.paced(body.chunks, file.name), file))
 
@@ -139,12 +156,21 @@ def _taker(chunks: Iterator[bytes], file: File) -> Callable[[int], bytes]:
 
 
 def shelf(
-    repo: str, revision: str | None, *, offline: bool, report: Report, mirror: str | None = None
+    repo: str,
+    revision: str | None,
+    *,
+    offline: bool,
+    report: Report,
+    mirror: str | None = None,
+    deep: bool = False,
 ) -> Shelf:
-    """The files of what a revision means now. Raises what `hub.whereabouts` and `hub.listing` raise."""
+    """The files of what a revision means now; `deep`: those in folders, too.
+
+    Raises what `hub.whereabouts` and `hub.listing` raise.
+    """
     cached, where = hub.whereabouts(repo, revision, offline=offline, report=report, mirror=mirror)
     if where is None:
         files = snapshot.recorded(cached) or snapshot.adopted(cached.folder)
     else:
-        files = hub.listing(where, cached.commit)
+        files = hub.listing(where, cached.commit, deep=deep)
     return Shelf(repo, cached, where, {file.name: file for file in files})

@@ -9,7 +9,10 @@ COPIES = "Copies in another form"
 
 DOWNLOAD: dict[str, Opt] = {
     "include": Opt(
-        GETTING, "Fetch the files that match this pattern alone; repeatable.", metavar="PATTERN", typed=True
+        GETTING,
+        "Fetch the files that match this pattern alone; with --info or --for, the GGUF file it is about; repeatable.",
+        metavar="PATTERN",
+        typed=True,
     ),
     "exclude": Opt(
         GETTING, "Leave out the files that match this pattern; repeatable.", metavar="PATTERN", typed=True

@@ -48,6 +48,9 @@ def models(small_model: Callable[..., Path]) -> Callable[[str], Model]:
     return get
 
 
+SLOW_T5 = pytest.param("t5", marks=pytest.mark.slow)  # its path from the baseline takes many points
+
+
 def asked_of(name: str) -> Asked:
     return Asked(0, "a small model", TEXT) if name == "t5" else Asked(0, TEXT)
 
@@ -108,7 +111,7 @@ def test_the_way_begins_at_neutral_tokens(models: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["gradient", "integrated-gradients", "occlusion", "contrast"])
-@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("name", ["llama", "bert", SLOW_T5])
 def test_the_weights_of_each_token_add_up_to_those_of_the_whole(models: Any, method: Any, name: str) -> None:
     if method == "integrated-gradients" and name == "bert":
         pytest.skip("a way for each of the hidden tokens takes long")
@@ -277,7 +280,7 @@ def test_a_label_rather_than_the_next_best_or_a_named_one(models: Any) -> None:
 # --- peers
 
 
-@pytest.mark.parametrize("name", ["llama", "bert-classifier", "t5"])
+@pytest.mark.parametrize("name", ["llama", "bert-classifier", SLOW_T5])
 def test_captum_agrees(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To 1e-4, on networks with weights as they are initialised, where both ways of integrating settle."""
     from captum.attr import LayerGradientXActivation, LayerIntegratedGradients

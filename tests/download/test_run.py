@@ -59,7 +59,6 @@ import sys
 from textgen_cli.config import DownloadConfig, ModelConfig
 from textgen_cli.download.run import run
 
-pytestmark = pytest.mark.slow  # each starts a program
 print(run(DownloadConfig(ModelConfig("org/small", offline=sys.argv[1] == "offline")), lambda event: None).folder)
 heavy = {"torch", "transformers", "numpy", "safetensors", "tokenizers", "gguf"}
 assert not heavy & {name.partition(".")[0] for name in sys.modules}, sys.modules

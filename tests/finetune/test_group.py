@@ -29,7 +29,7 @@ TORCHRUN, ACCELERATE = (
 FREE_PORT = ("--main_process_port", "0")
 SETTINGS = ("lines.txt", "--format", "lines", "--from-scratch", "tiny", "--vocab-size", "400",
             "--max-length", "64", "--batch-size", "2", "--threads", "1",
-            "--max-steps", "120", "--save-steps", "20", "--eval-steps", "60")  # fmt: skip
+            "--max-steps", "60", "--save-steps", "10", "--eval-steps", "30")  # fmt: skip
 
 
 @pytest.fixture(name="work", scope="module")
@@ -67,7 +67,7 @@ def losses(out: Path) -> list[float]:
 def test_two_learn_as_one_does_from_the_same_batches(work: Path) -> None:
     done = start(work, (), *SETTINGS, "--accumulate", "2", "-o", "one")
     assert done.communicate(timeout=170)[1] == "" and done.returncode == 0
-    assert len(losses(work / "two")) == len(losses(work / "one")) == 120
+    assert len(losses(work / "two")) == len(losses(work / "one")) == 60
     assert losses(work / "two") == pytest.approx(losses(work / "one"), abs=1e-3)
     one, two = (
         [line["eval_perplexity"] for line in log(work / name) if "eval_perplexity" in line]
@@ -89,7 +89,7 @@ def test_a_signal_to_all_saves_once_and_the_same_weights_come(work: Path) -> Non
     done = start(work, TORCHRUN, *SETTINGS, "-o", "broken")
     partial = work / "broken.partial"
     until = time.monotonic() + 120
-    while not (partial / "checkpoint-20").exists() and time.monotonic() < until:
+    while not (partial / "checkpoint-10").exists() and time.monotonic() < until:
         time.sleep(0.02)
     done.send_signal(signal.SIGTERM)
     out, told = done.communicate(timeout=60)

@@ -69,8 +69,9 @@ def config_of(model: Path, out: Path, **rest: Any) -> FinetuneConfig:
     return configured(model, out, training=training, **rest)
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("step", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("task", "step"), [*(("clm", step) for step in (1, 2, 3, 5)), ("mlm", 3), ("text-classification", 5)]
+)
 def test_after_a_kill_the_same_weights_come(
     task: str,
     step: int,

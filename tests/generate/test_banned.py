@@ -61,7 +61,7 @@ def test_a_banned_word_never_appears(
     words = common(free, 2)
     assert hold(free, words) > 20
     (tmp_path / "words").write_text("\n".join(words))
-    assert hold(texts(model, 200, tmp_path / "words"), words) == 0
+    assert hold(texts(model, 100, tmp_path / "words"), words) == 0
 
 
 @pytest.mark.parametrize(
@@ -170,4 +170,4 @@ def test_the_default_model_never_writes_it(default_model: Path, tmp_path: Path) 
     (tmp_path / "words").write_text("\n".join(words))
     more: dict[str, Any] = {"temperature": 1.5, "max_new_tokens": 5}
     assert hold(texts(model, 24, None, **more), words) > 2
-    assert hold(texts(model, 200, tmp_path / "words", **more), words) == 0
+    assert hold(texts(model, 100, tmp_path / "words", **more), words) == 0

@@ -573,7 +573,7 @@ def test_nothing_done_leaves_nothing(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [7, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_signal_at_any_line_of_the_code_leaves_a_sound_job(tmp_path: Path, step: int) -> None:
     """F07: a KeyboardInterrupt between any two lines of append, point and commit; then resume."""
     out, partial = tmp_path / "out", tmp_path / "out.partial"

@@ -186,6 +186,18 @@ def test_what_cannot_be_obeyed_is_a_usage_error(small_model: Any, decoding: dict
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_no_text_ends_before_its_least_length(small_model: Any, architecture: str) -> None:
+    folder, prompt = small_model(architecture), "Once upon a time"
+    [(_, first)] = answers(engine_for(folder, greedy=True, max_new_tokens=1), [prompt])
+    assert first.tokens is not None
+    end = first.tokens[1][0]  # what would come at once ends the text
+    engine = engine_for(folder, greedy=True, max_new_tokens=9, min_new_tokens=5, set=(f"eos_token_id={end}",))
+    [(_, final)] = answers(engine, [prompt])
+    _, count = reference(folder, prompt, max_new_tokens=9, min_new_tokens=5, eos_token_id=end)
+    assert final.completion_tokens == count >= 5
+
+
 def test_both_limits_of_length_hold(small_model: Any) -> None:
     engine = engine_for(small_model("gpt2"), greedy=True, max_new_tokens=50, max_length=12)
     [(_, final)] = answers(engine, ["Once upon a time"])

@@ -7,7 +7,7 @@ the batch. Knows no text.
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,8 +47,10 @@ def steps(
     settings = copy.copy(plan.settings)
     settings.max_new_tokens = max(row.room for row in rows)
     settings.forced_eos_token_id, ending = None, settings.forced_eos_token_id
+    settings.min_new_tokens, least = None, settings.min_new_tokens
     # A grammar comes last: where it allows nothing but what is banned, it wins.
-    own: list[library.LogitsProcessor] = [one for one in (plan.marker, plan.banned) if one is not None]
+    own: list[library.LogitsProcessor] = [_NoEnd(least, plan.eos)] if least and plan.eos else []
+    own += [one for one in (plan.marker, plan.banned) if one is not None]
     own += [_Ending(rows, ending)] if ending else []
     own += [_Constraint(rows, constrainer)] if constrainer else []
     inputs = {CACHE: cache} if cache is not None else {}
@@ -79,6 +81,19 @@ def padded(
             ids[number, where] = torch.tensor(part, dtype=torch.long)
             mask[number, where] = 1
     return ids, mask
+
+
+class _NoEnd(library.LogitsProcessor):
+    """No end for the first `steps` tokens; the library would walk the vocabulary twice a step for it."""
+
+    def __init__(self, steps: int, ends: Iterable[int]) -> None:
+        self._left, self._ends = steps, list(ends)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self._left > 0:
+            scores[:, self._ends] = -torch.inf
+            self._left -= 1
+        return scores
 
 
 class _Ending(library.LogitsProcessor):

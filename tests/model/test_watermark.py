@@ -1,5 +1,7 @@
 """The watermark against transformers' own processor and detector, and through the program."""
 
+import io
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -14,13 +16,14 @@ from scipy.stats import binom
 from transformers.generation.watermarking import WatermarkDetector
 
 from textgen_cli.config import (
+    BatchConfig,
     DecodingConfig,
     GenerateConfig,
     ModelConfig,
     ScoreConfig,
     ScoringConfig,
 )
-from textgen_cli.errors import ModelError, TextgenError, UsageError
+from textgen_cli.errors import ModelError, ResumeError, TextgenError, UsageError
 from textgen_cli.events import silent
 from textgen_cli.generate import compiled, sampling
 from textgen_cli.generate.engines import open_engine
@@ -29,6 +32,7 @@ from textgen_cli.generate.request import Request
 from textgen_cli.model.load import load
 from textgen_cli.model.watermark import RATIO, Marker, evidence, green, hashing_key
 from textgen_cli.score.request import Asked
+from textgen_cli.score.run import run_batch
 from textgen_cli.score.scorers import open_scorer
 
 SmallModel = Callable[..., Path]
@@ -131,3 +135,25 @@ def test_what_cannot_be_obeyed_is_refused() -> None:
     with pytest.raises(UsageError, match="--tokens"):
         ScoringConfig(watermark="key", tokens=True)
     assert compiled.unfit(GenerateConfig(decoding=DecodingConfig(watermark="key"))) == "--watermark"
+
+
+def test_a_batch_keeps_no_key_and_goes_on_with_no_other(small_model: SmallModel, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("One line of text.\nAnother line of text.\n")
+    key, out = "Schlüssel-4711", tmp_path / "out.jsonl"
+
+    def job(key: str, *, limit: float | None = None) -> None:
+        batch = BatchConfig(
+            input=tmp_path / "in.txt", output=out, lines=True, resume=True, batch_size="1", max_time=limit
+        )
+        model = ModelConfig(model=str(small_model("gpt2")))
+        config = ScoreConfig(model=model, scoring=ScoringConfig(watermark=key), batch=batch)
+        run_batch(config, None, io.BytesIO(), silent)
+
+    job(key, limit=1e-9)
+    state = Path(f"{out}.state").read_text("utf-8")
+    assert '"watermark"' in state and key not in state and json.dumps(key)[1:-1] not in state
+    with pytest.raises(ResumeError, match=r"scoring\.watermark") as refused:
+        job("other")
+    assert key not in str(refused.value) and "other" not in str(refused.value)
+    job(key)
+    assert len(out.read_text().splitlines()) == 2

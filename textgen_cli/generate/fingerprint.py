@@ -21,7 +21,7 @@ def fingerprint(
     libraries = ["llguidance"] if any(asdict(config.constraint).values()) else []
     found = of_program()
     found |= _of_endpoint(config) if remote else of_model(config.model, report, libraries)
-    found["decoding"] = given(config.decoding, files=("bad_words",))
+    found["decoding"] = given(config.decoding, files=("bad_words",), secrets=("watermark",))
     if config.decoding.draft_model is not None and not remote:
         found["decoding"]["draft_model"] = of_weights(config.model, config.decoding.draft_model, report)
     if config.engine == "compiled":

@@ -60,17 +60,26 @@ def of_weights(config: ModelConfig, name: str, report: Report) -> str:
     return identity(replace(config, model=name, adapter=()), report)
 
 
-def given(part: Any, files: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A part's settings that are not their class's defaults, the named `files` by their content.
+def given(part: Any, files: tuple[str, ...] = (), secrets: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A part's settings that are not their class's defaults, the named `files` by content, `secrets` by a slow hash.
 
     Raises UsageError E-FILE for a file that cannot be read.
     """
     default = type(part)()
     found = {name: value for name, value in asdict(part).items() if value != getattr(default, name)}
     return {
-        name: content(value) if name in files and not str(value).lstrip().startswith("{") else _plain(value)
+        name: _sealed(value)
+        if name in secrets
+        else content(value)
+        if name in files and not str(value).lstrip().startswith("{")
+        else _plain(value)
         for name, value in found.items()
     }
+
+
+def _sealed(secret: str) -> str:
+    """A secret as it may be written down: always the same, and too slow to be found by trying words."""
+    return hashlib.scrypt(secret.encode(), salt=b"textgen", n=1 << 14, r=8, p=1, dklen=16).hex()
 
 
 def _threads() -> dict[str, str] | int:

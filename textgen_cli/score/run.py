@@ -114,7 +114,7 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """All that the output's bytes depend on."""
     found = of_program() | of_model(config.model, report)
-    found["scoring"] = given(config.scoring, files=("template_file", "second"))
+    found["scoring"] = given(config.scoring, files=("template_file", "second"), secrets=("watermark",))
     found["explaining"] = given(config.explaining)
     if config.scoring.against is not None:
         found["scoring"]["against"] = of_weights(config.model, config.scoring.against, report)

@@ -16,10 +16,19 @@ from textgen_cli.events import silent
 from textgen_cli.model import lean
 
 lean.allowed = True
-model = lean.load(ModelConfig(model=sys.argv[1], device="cpu", dtype="float32"), "generate", silent)
+configs = [ModelConfig(model=name, device="cpu", dtype="float32") for name in sys.argv[1:]]
+models = [lean.load(config, "score", silent) for config in configs]
+model = models[0]
 unwanted = {"torch._dynamo", "torch.distributed.tensor", "sympy", "torch.fx.experimental.symbolic_shapes"}
 assert not unwanted & sys.modules.keys()
 assert not hasattr(torch, "_dynamo") or torch._dynamo.__spec__ is not None
+
+def held(net):
+    return {**dict(net.named_parameters()), **dict(net.named_buffers())}
+
+from textgen_cli.model.load import load
+for config, lightly in zip(configs, models):
+    torch.testing.assert_close(held(lightly.net), held(load(config, "score", silent).net), rtol=0, atol=0)
 
 # A mask that is made under vmap enters a context manager of the compiler's.
 from transformers.masking_utils import sdpa_mask
@@ -44,7 +53,8 @@ torch.testing.assert_close(compiled, plain)
 
 
 def test_the_compiler_comes_only_when_asked_for(small_model: Callable[..., Path]) -> None:
-    argv = [sys.executable, "-c", AFTERWARDS, str(small_model("llama"))]
+    names = ("llama", "gpt2", "t5", "bert", "bart-classifier")
+    argv = [sys.executable, "-c", AFTERWARDS, *(str(small_model(name)) for name in names)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 

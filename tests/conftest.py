@@ -29,6 +29,16 @@ LONGEST = (
 )  # fmt: skip
 
 
+# Files that take four seconds and more together, where others tell at once that something is broken.
+SLOW_FILES = frozenset(
+    f"tests/{name}.py"
+    for name in (
+        "download/test_knowing", "download/test_run", "explain/test_methods", "generate/test_banned",
+        "generate/test_fields", "generate/test_tasks", "model/test_adapter", "model/test_cache", "model/test_copies",
+        "score/test_masked", "test_layers", "text/test_metrics",
+    )
+)  # fmt: skip
+
 # What starts the program, or needs the real default model: tests that ask for it are of the slow tier.
 SLOW_FIXTURES = frozenset({"forked", "shimmed", "default_model", "program", "border"})
 
@@ -37,7 +47,8 @@ SLOW_FIXTURES = frozenset({"forked", "shimmed", "default_model", "program", "bor
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, each in its own order; and the tier of those that start the program."""
     for item in items:
-        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+        name = item.nodeid.partition("::")[0]
+        if name in SLOW_FILES or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(LONGEST)))

@@ -4,6 +4,7 @@ import builtins
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from textgen_cli.config import ModelConfig
 from textgen_cli.download.inventory import kept, named
 from textgen_cli.errors import ModelError, NetworkError, SafetyError, TextgenError, UsageError
 from textgen_cli.events import Event, Progress, silent
-from textgen_cli.model import modelscope
+from textgen_cli.model import modelscope, transfer
 from textgen_cli.model.source import Located, locate
 
 pytest.importorskip("modelscope_hub", reason="the extra modelscope is not installed")
@@ -53,7 +54,10 @@ def test_what_loading_needs_comes_is_compared_and_kept(scope: Scope, tmp_path: P
         path.name: path.read_bytes() for path in found.folder.iterdir() if path.name != "textgen.json"
     } == {name: content for name, content in scope.files.items() if name not in ONLY}
     bars = [event for event in events if isinstance(event, Progress) and event.stage == "download"]
-    assert bars[-1].done == bars[-1].total
+    assert (
+        bars[-1].done == bars[-1].total == sum(len(scope.files[name]) for name in scope.files.keys() - ONLY)
+    )
+    assert {bar.part for bar in bars} - {None, ""} == scope.files.keys() - ONLY  # one each, and all of them
     scope.log.clear()
     assert find(tmp_path) == found
     assert [path.partition("?")[0] for path, _, _ in scope.log] == ["/api/v1/models/owner/name/repo/files"]
@@ -74,12 +78,7 @@ def test_another_content_is_another_revision_and_both_are_listed(scope: Scope, t
     assert len(named(ModelConfig(cache_dir=tmp_path / "cache"), f"{NAME}@master")) == 1
 
 
-def test_wrong_bytes_are_refused_and_leave_nothing(
-    scope: Scope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from modelscope_hub import _download
-
-    monkeypatch.setattr(_download, "DOWNLOAD_INTEGRITY_RETRY_BACKOFF", 0.0)
+def test_wrong_bytes_are_refused_and_leave_nothing(scope: Scope, tmp_path: Path) -> None:
     scope.spoiled["config.json"] = b"?" + scope.files["config.json"][1:]
     assert isinstance(failure(tmp_path), ModelError)
     assert failure(tmp_path).name == "E-HASH"
@@ -88,10 +87,59 @@ def test_wrong_bytes_are_refused_and_leave_nothing(
     assert find(tmp_path).folder.is_dir()
 
 
-def test_a_body_that_is_cut_goes_on(scope: Scope, tmp_path: Path) -> None:
+def test_a_body_that_is_cut_goes_on(scope: Scope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "PAUSES", (0.0,))
     scope.files["tokenizer.model"] = WEIGHTS
     scope.cut["tokenizer.model"] = 1 << 20
     assert (find(tmp_path).folder / "tokenizer.model").read_bytes() == WEIGHTS
+    assert ranges(scope, "tokenizer.model") == [None, f"bytes={1 << 20}-"]
+
+
+def ranges(scope: Scope, name: str) -> list[str | None]:
+    return [asked for path, asked, _ in scope.log if path.endswith(f"FilePath={name}")]
+
+
+SCRIPT = f"""
+import sys
+from pathlib import Path
+from textgen_cli.config import ModelConfig
+from textgen_cli.model.source import locate
+locate(ModelConfig("{NAME}", cache_dir=Path(sys.argv[1])), lambda event: None)
+"""
+
+
+def test_files_come_at_once_and_after_a_kill_the_next_run_goes_on(scope: Scope, tmp_path: Path) -> None:
+    """The other files arrive while the server is silent in the middle of one; none of them comes again."""
+    scope.files["tokenizer.model"] = WEIGHTS
+    scope.held["tokenizer.model"] = 1 << 20
+    wanted = {name: len(scope.files[name]) for name in scope.files.keys() - ONLY} | {
+        "tokenizer.model": 1 << 20
+    }
+    killed = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "cache")])
+    try:
+        until = time.monotonic() + 30
+        while {path.name: path.stat().st_size for path in tmp_path.glob("cache/**/.*.parts/*")} != wanted:
+            assert killed.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+    finally:
+        killed.kill()
+        killed.wait()
+    scope.held.clear()
+    scope.log.clear()
+    assert (find(tmp_path).folder / "tokenizer.model").read_bytes() == WEIGHTS
+    assert [asked for path, asked, _ in scope.log if "FilePath" in path] == [f"bytes={1 << 20}-"]
+    assert not list(tmp_path.glob("cache/**/.*.parts"))
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, "E-GATED"), (416, "E-NETWORK"), (500, "E-NETWORK")])
+def test_a_file_that_is_refused(
+    scope: Scope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: str
+) -> None:
+    monkeypatch.setattr(transfer, "PAUSES", (0.0,))
+    scope.status["config.json"] = status
+    error = failure(tmp_path)
+    assert (error.name, error.exit_code) == (code, 7)
+    assert "\x1b" not in str(error)
 
 
 def test_refusals(scope: Scope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,9 @@ class Scope:
         self.files: dict[str, bytes] = {}
         self.spoiled: dict[str, bytes] = {}  # what is sent in place of a file's content
         self.cut: dict[str, int] = {}  # bytes of a file after which the connection ends, once
+        self.status: dict[str, int] = {}  # what a file is answered with in its place
+        self.held: dict[str, int] = {}  # bytes of a file after which nothing comes, until the context is left
+        self.stopping = threading.Event()
         self.log: list[tuple[str, str | None, str | None]] = []  # path, Range, Authorization
 
     def __enter__(self) -> Self:
@@ -33,6 +36,7 @@ class Scope:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stopping.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -66,6 +70,10 @@ def _handler(scope: Scope) -> type[BaseHTTPRequestHandler]:
         def _serve(self) -> None:
             scope.log.append((self.path, self.headers.get("Range"), self.headers.get("Authorization")))
             body = scope.content(self.path)
+            name = parse_qs(urlsplit(self.path).query).get("FilePath", [""])[0]
+            if name in scope.status:
+                self._reply(scope.status[name], b'{"Message": "\x1b[2Jno"}', {})
+                return
             if body is None:
                 self._reply(404, b'{"Code": 404, "Success": false, "Message": "\x1b[2Jno such thing"}', {})
                 return
@@ -84,13 +92,20 @@ def _handler(scope: Scope) -> type[BaseHTTPRequestHandler]:
                 "FilePath", [urlsplit(self.path).path.rpartition("/")[2]]
             )[0]
             cut = scope.cut.pop(name, None) if self.command == "GET" else None
+            held = scope.held.get(name)
             self.send_response(status)
             for key, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(key, value)
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(body if cut is None else body[:cut])
-                self.close_connection = cut is not None
+                self.wfile.write(body if cut is None else body[:cut]) if held is None else self._hold(
+                    body[:held]
+                )
+                self.close_connection = cut is not None or held is not None
+
+        def _hold(self, begun: bytes) -> None:
+            self.wfile.write(begun)
+            scope.stopping.wait()
 
         def log_message(self, format: str, *args: Any) -> None:
             pass

@@ -38,7 +38,7 @@ with warnings.catch_warnings():
 
 from textgen_cli.errors import NetworkError, OutputError, TextgenError, UsageError
 from textgen_cli.events import Notice, Report
-from textgen_cli.model import wire
+from textgen_cli.model import transfer, wire
 from textgen_cli.model.transfer import Body
 
 HUBS = ("https://huggingface.co", "https://hf.co")  # the only ones that ever get a token
@@ -210,12 +210,12 @@ def body(
             "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         ) as answer,
     ):
-        if answer.status_code == 416:  # the part that is here is longer than the file, or not of it
-            yield Body(0, -1, None, iter(()))
+        if answer.status_code == 416:
+            yield transfer.refused()
             return
         hf_raise_for_status(answer)
         _check_answers([*answer.history, answer])
-        yield _body(answer, start)
+        yield transfer.answered(answer.status_code, answer.headers, answer.iter_bytes(), start)
 
 
 def _check_answers(answers: list[httpx2.Response]) -> None:
@@ -228,17 +228,6 @@ def _check_answers(answers: list[httpx2.Response]) -> None:
                 raise
         else:
             return
-
-
-def _body(answer: httpx2.Response, asked: int) -> Body:
-    found = answer.headers.get("etag", "")
-    etag = found if found.startswith('"') else None  # a weak one does not vouch for bytes
-    if answer.headers.get("content-encoding", "identity").lower() != "identity":
-        return Body(0, None, None, answer.iter_bytes())  # its ranges are not those of the file
-    if answer.status_code != 206:
-        return Body(0, None, etag, answer.iter_bytes())
-    start, total = wire.content_range(answer.headers.get("content-range", "")) or (-1, None)
-    return Body(start if start == asked else -1, total, etag, answer.iter_bytes())
 
 
 # --- failures

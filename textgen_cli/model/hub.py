@@ -10,7 +10,6 @@ is killed begins anew at byte 0. Here a part keeps the name of its hash, and the
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import filelock
 
 from textgen_cli.errors import NetworkError
-from textgen_cli.events import Notice, Progress, Report
+from textgen_cli.events import Notice, Report
 from textgen_cli.model import client, snapshot, together, transfer
 from textgen_cli.model.cache import check_space, is_locked, writing
 from textgen_cli.model.client import Place
@@ -28,7 +27,6 @@ from textgen_cli.model.snapshot import Cached, File
 from textgen_cli.model.wire import COMMIT
 
 DIGEST_64 = re.compile("[0-9a-f]{64}")
-WORKERS = 8  # files at one time
 WAIT = 0.1  # seconds between two looks at a lock
 PART = ".textgen.incomplete"  # the ending by which the Hub's tools know what is left of a download
 
@@ -210,7 +208,7 @@ def _complete(where: Place, planned: Plan, report: Report) -> None:
     if planned.refused:
         names = ", ".join(planned.refused[:3]) + ("" if len(planned.refused) <= 3 else ", …")
         report(Notice(f"{repo}: left out what can run code: {names}", "W-LEFT-OUT"))
-    for event in _gathered(_fetched(where, cached, planned.missing), repo, planned.missing):
+    for event in transfer.gathered(_fetched(where, cached, planned.missing), repo, planned.missing):
         report(event)
     fresh = frozenset(file.name for file in planned.missing)
     snapshot.verify(cached, list(planned.files), listed=not cached.others, fresh=fresh)
@@ -231,32 +229,7 @@ def _fetched(where: Place, cached: Cached, files: Sequence[File]) -> Iterator[tu
     def work(file: File, tell: Callable[[Any], None], stopped: threading.Event) -> None:
         _bring(where, cached, file, lambda count: tell((file, count)), stopped)
 
-    yield from together.each(files, work, WORKERS)
-
-
-def _gathered(
-    told: Iterator[tuple[File, int | None]], repo: str, files: Sequence[File]
-) -> Iterator[Progress]:
-    """How far each file is, and all of them."""
-    total, done = sum(file.size for file in files), dict[str, int]()
-    begun, moved = time.monotonic(), 0
-    if files:
-        yield Progress("download", repo, 0, total, "bytes")
-    for file, count in told:
-        if count is None:
-            yield Progress("wait", repo)
-            continue
-        moved += count if file.name in done else 0  # first comes what was here already
-        done[file.name] = done.get(file.name, 0) + count
-        if len(files) > 1:
-            yield Progress("download", repo, done[file.name], file.size, "bytes", part=file.name)
-        pace = _pace(moved / (time.monotonic() - begun + 1e-3), total - sum(done.values()))
-        yield Progress("download", repo, sum(done.values()), total, "bytes", detail=pace)
-
-
-def _pace(rate: float, left: int) -> str:
-    """`12.3 MB/s, 40 s left`."""
-    return f"{rate / 1e6:.1f} MB/s, {left / rate:,.0f} s left" if rate > 0 else ""
+    yield from together.each(files, work, transfer.WORKERS)
 
 
 def _bring(

@@ -1,31 +1,36 @@
 """Models from ModelScope, through its own light client (the extra `modelscope`), into our cache.
 
-Owns which files are fetched and that each is what the repository's list of files says. ModelScope has branches and
-tags but tells no commit of them: what a model is called by here is the hash of that list.
+The client finds the repository and opens its files; `transfer.py` takes their bytes. Owns which files are fetched
+and how each is asked for. ModelScope has branches and tags but tells no commit of them: what a model is called by
+here is the hash of its list of files.
 """
 
 import contextlib
 import functools
 import hashlib
+import importlib
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from textgen_cli.errors import ModelError, NetworkError, UsageError
-from textgen_cli.events import Progress, Report
-from textgen_cli.model import cache, snapshot
+from textgen_cli.errors import NetworkError, UsageError
+from textgen_cli.events import Report
+from textgen_cli.model import cache, snapshot, together, transfer, wire
 from textgen_cli.model.selection import loadable
 from textgen_cli.model.snapshot import File
+from textgen_cli.model.transfer import Body
 
 SITES = ("https://modelscope.cn", "https://www.modelscope.cn", "https://www.modelscope.ai")  # get the token
 TOKEN = "MODELSCOPE_API_TOKEN"
 BRANCH = "master"
 FILE_LIMIT = 50_000
+BLOCK = 1 << 16  # bytes read at most at once
 
 
 def fetch(repo: str, revision: str | None, root: Path, *, report: Report, offline: bool) -> tuple[Path, str]:
@@ -68,13 +73,10 @@ def _library() -> Any:
     """The client's package, quiet."""
     try:
         import modelscope_hub  # noqa: PLC0415 - an extra
-        from modelscope_hub import _download  # noqa: PLC0415
     except ImportError as error:
         hint = "pip install 'textgen-cli[modelscope]'"
         raise UsageError("E-EXTRA", "ms:", "needs the package modelscope-hub", hint=hint) from error
     logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
-    module: Any = _download
-    module.tqdm = functools.partial(module.tqdm, disable=True)  # it draws whatever it is asked
     return modelscope_hub
 
 
@@ -94,62 +96,88 @@ def _file(repo: str, entry: Any) -> File:
 
 
 def _download(api: Any, repo: str, revision: str, files: list[File], parts: Path, report: Report) -> None:
-    """Bring the files into the folder `parts`, where the client goes on with what an earlier run left."""
-    total, before = sum(file.size for file in files), 0
-    for file in files:
-        meter = _meter(report, repo, before, total)
-        with _mapped(repo, revision):
-            api.downloader.download_file(
-                repo, "model", file.name, revision=revision, local_dir=parts, expected_sha256=file.digest,
-                file_size=file.size, progress_callbacks=[meter],
-            )  # fmt: skip
-        actual = cache.sha256(parts / file.name)
-        if actual != file.digest:
-            (parts / file.name).unlink()
-            raise ModelError("E-HASH", file.name, snapshot.mismatch(actual, file), hint="run it again")
-        before += file.size
-        report(Progress("download", repo, before, total, "bytes"))
+    """Bring the files into the folder `parts`, several at once; goes on with what an earlier run left there."""
+
+    def work(file: File, tell: Callable[[Any], None], stopped: threading.Event) -> None:
+        def opened(start: int, etag: str | None) -> AbstractContextManager[Body]:
+            return _body(api, repo, revision, file.name, start, etag)
+
+        with cache.writing(parts / file.name):
+            transfer.fetch(file, parts / file.name, opened, lambda count: tell((file, count)), stopped.is_set)
+
+    parts.mkdir(exist_ok=True)
+    for event in transfer.gathered(together.each(files, work, transfer.WORKERS), repo, files):
+        report(event)
 
 
-def _meter(report: Report, repo: str, before: int, total: int) -> type[Any]:
-    """The class of bar that the client draws."""
+@contextmanager
+def _body(api: Any, repo: str, revision: str, name: str, start: int, etag: str | None) -> Iterator[Body]:
+    """The bytes of a file from `start` on. Raises wire.Passing for what is worth another try, else NetworkError."""
+    headers = {"Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+        if etag:
+            headers["If-Range"] = etag
+    with _wired(repo, revision):
+        try:
+            answer = api.legacy.download_stream(repo, "model", name, revision, headers=headers)
+        except _library().errors.APIError as error:
+            if error.status_code != 416:
+                raise
+            yield transfer.refused()
+            return
+        with answer:
+            yield transfer.answered(answer.status_code, answer.headers, _chunks(answer), start)
 
-    class Meter:
-        def __init__(self, _name: str, _size: int) -> None:
-            self.done = 0
 
-        def update(self, size: int) -> None:
-            self.done += size
-            report(Progress("download", repo, min(before + self.done, total), total, "bytes"))
+def _chunks(answer: Any) -> Iterator[bytes]:
+    """What has come, as it comes: one that waits for a whole block never sees that a server trickles."""
+    while chunk := answer.raw.read1(BLOCK, decode_content=True):
+        yield chunk
 
-        def end(self) -> None:
-            pass
 
-    return Meter
+# --- failures
 
 
 @contextmanager
 def _mapped(repo: str, revision: str | None) -> Iterator[None]:
-    """Turn what the client raises into our errors, with nothing of the server's own words in them."""
-    errors = _library().errors
+    """Turn all that the client raises into our errors, with nothing of the server's own words in them."""
     try:
-        with contextlib.redirect_stdout(None):
+        with contextlib.redirect_stdout(None), _wired(repo, revision):
             yield
-    except errors.FileIntegrityError as error:
-        raise ModelError("E-HASH", repo, "a file came with another size or hash than listed") from error
+    except wire.Passing as error:
+        raise error.final() from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # parsing of an answer
+        raise NetworkError("E-REMOTE", repo, "the answer is not that of ModelScope") from error
+
+
+@contextmanager
+def _wired(repo: str, revision: str | None) -> Iterator[None]:
+    errors, broken = _library().errors, importlib.import_module("urllib3").exceptions.HTTPError
+    try:
+        yield
     except errors.NotExistError as error:
         raise NetworkError(
             "E-REPO", repo, f"does not exist or has no revision {revision or BRANCH}"
         ) from error
     except (errors.AuthenticationError, errors.PermissionDeniedError) as error:
         raise NetworkError("E-GATED", repo, "is not open to you", hint=f"set {TOKEN}") from error
-    except (errors.HubError, ConnectionError, TimeoutError) as error:
-        raise NetworkError(
-            "E-NETWORK", repo, "ModelScope cannot be reached or does not answer well"
-        ) from error
+    except errors.HubError as error:
+        raise _refusal(repo, error) from error
+    except (ConnectionError, TimeoutError, broken) as error:
+        raise wire.Passing("E-NETWORK", repo, "ModelScope cannot be reached") from error
     except OSError as error:
         if error.errno is not None:
             raise
-        raise NetworkError("E-NETWORK", repo, "ModelScope cannot be reached") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # parsing of an answer
-        raise NetworkError("E-REMOTE", repo, "the answer is not that of ModelScope") from error
+        raise wire.Passing("E-NETWORK", repo, "ModelScope cannot be reached") from error
+
+
+def _refusal(repo: str, error: Any) -> NetworkError:
+    fact = "ModelScope cannot be reached or does not answer well"
+    if not error.retryable:
+        return NetworkError("E-NETWORK", repo, fact)
+    found = wire.Passing("E-NETWORK", repo, fact)
+    found.asked = float(getattr(error, "retry_after", None) or 0)
+    if found.asked > wire.LONGEST_PAUSE:
+        return NetworkError("E-RATE", repo, f"asks to wait {found.asked:,.0f} s before the next try")
+    return found

@@ -1,7 +1,8 @@
-"""The bytes of one file from a server to the disk, across failures, kills and servers that lie.
+"""The bytes of files from a server to the disk, across failures, kills and servers that lie.
 
 Owns the part of a file that is here so far, which the next run goes on with; the hash; what is too slow and
-when to give up. It knows no HTTP library: a Body is opened for it. `hub.py` gives finished parts their names.
+when to give up; how far several files are. It knows no HTTP library and no site: a Body is opened for it, and
+`hub.py` and `modelscope.py` give finished parts their names.
 
 Bounds: six tries that bring less than a megabyte each, pauses of at most 8 s between them (or what the server
 asks for, up to 5 minutes), and 1,000 bytes a second over half a minute.
@@ -11,15 +12,17 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from textgen_cli.errors import ModelError, NetworkError
+from textgen_cli.events import Progress
 from textgen_cli.model import wire
 from textgen_cli.model.snapshot import CHUNK, File, hasher, mismatch
 
+WORKERS = 8  # files at one time
 PAUSES = (1.0, 2.0, 4.0, 8.0, 8.0)  # seconds between tries
 UNREACHED = 2  # pauses for a server that was not reached at all yet
 GAIN = 1 << 20  # bytes; a try that brings as much does not count
@@ -35,6 +38,23 @@ class Body:
     total: int | None  # of the whole file, where the server says so
     etag: str | None  # a strong one, by which the server knows the file again
     chunks: Iterator[bytes]
+
+
+def answered(status: int, headers: Mapping[str, str], chunks: Iterator[bytes], asked: int) -> Body:
+    """What an answer without error is, to a request for the bytes from `asked` on; header names in any case."""
+    found = headers.get("etag", "")
+    etag = found if found.startswith('"') else None  # a weak one does not vouch for bytes
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        return Body(0, None, None, chunks)  # its ranges are not those of the file
+    if status != 206:
+        return Body(0, None, etag, chunks)
+    start, total = wire.content_range(headers.get("content-range", "")) or (-1, None)
+    return Body(start if start == asked else -1, total, etag, chunks)
+
+
+def refused() -> Body:
+    """Where the server has no such range: the part that is here is longer than the file, or not of it."""
+    return Body(0, -1, None, iter(()))
 
 
 Opener = Callable[[int, str | None], AbstractContextManager[Body]]
@@ -184,3 +204,29 @@ def paced(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
                 raise wire.Passing("E-STALL", name, fact)
             since, got = now, 0
         yield chunk
+
+
+# --- several files
+
+
+def gathered(told: Iterator[tuple[File, int | None]], repo: str, files: Sequence[File]) -> Iterator[Progress]:
+    """How far each file is, and all of them, from bytes that came (None: another process has the file)."""
+    total, done = sum(file.size for file in files), dict[str, int]()
+    begun, moved = time.monotonic(), 0
+    if files:
+        yield Progress("download", repo, 0, total, "bytes")
+    for file, count in told:
+        if count is None:
+            yield Progress("wait", repo)
+            continue
+        moved += count if file.name in done else 0  # first comes what was here already
+        done[file.name] = done.get(file.name, 0) + count
+        if len(files) > 1:
+            yield Progress("download", repo, done[file.name], file.size, "bytes", part=file.name)
+        pace = _pace(moved / (time.monotonic() - begun + 1e-3), total - sum(done.values()))
+        yield Progress("download", repo, sum(done.values()), total, "bytes", detail=pace)
+
+
+def _pace(rate: float, left: int) -> str:
+    """`12.3 MB/s, 40 s left`."""
+    return f"{rate / 1e6:.1f} MB/s, {left / rate:,.0f} s left" if rate > 0 else ""

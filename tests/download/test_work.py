@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from parts.gguf_files import tiny_llama, write_llama
 from parts.models import byte_tokenizer
 from parts.program import Program
 from parts.public_configs import PUBLIC, headers
@@ -22,6 +23,7 @@ from textgen_cli.model import anatomy, cost
 from textgen_cli.model.cost import Network, Work
 from textgen_cli.model.family import family_of
 from textgen_cli.model.inspect import inspect
+from textgen_cli.model.source import locate
 
 SmallModel = Callable[..., Path]
 VOCABULARY = 8000
@@ -113,6 +115,18 @@ def test_estimated_peaks_are_those_of_the_program(
         work = Work(job, 4 if job == "finetune" else 1, length, "float32")
         told = cost.memory(network, work, libraries)
         assert told["peak"] == pytest.approx(peak(name), rel=0.15), (name, told)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gguf_file_is_mapped_as_the_copy_that_is_loaded(tmp_path: Path, dtype: str) -> None:
+    write_llama(tmp_path / "small.gguf", tiny_llama(), quantised=True)
+    file = ModelConfig(str(tmp_path / "small.gguf"), cache_dir=tmp_path / "cache")
+    copy = ModelConfig(str(locate(file, silent).folder))
+    told, of_copy = (
+        cost.memory(network_of(inspect(config, silent)), Work("generate", 1, 8, dtype))
+        for config in (file, copy)
+    )
+    assert told == of_copy
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])

@@ -5,6 +5,7 @@ machine measure. No weight is read, so a model of the Hub need not be fetched.
 """
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 from textgen_cli.config import DownloadConfig
@@ -67,7 +68,11 @@ def network_of(facts: Facts) -> Network:
     """What the arithmetic needs. ModelError E-CONFIG where it is not told."""
     if facts.sizes is None or facts.weights is None:
         raise ModelError("E-CONFIG", facts.model, "does not tell its sizes: nothing can be estimated")
-    return Network(facts.config, facts.family, facts.sizes, facts.weights)
+    weights = facts.weights
+    if any(name.lower().endswith(".gguf") for name, _ in facts.files):
+        # What is loaded is the copy of it in the cache, which is in float32 whatever the file has.
+        weights = replace(weights, stored={"F32": 4 * weights.total})
+    return Network(facts.config, facts.family, facts.sizes, weights)
 
 
 def _purpose(config: DownloadConfig) -> device.Purpose:

@@ -1,6 +1,8 @@
 """Lock files: a model to the byte, whatever the server, the cache or somebody else does meanwhile."""
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 from parts import files
 from parts.hub import Hub
+from parts.program import Program
 
 from textgen_cli.config import DownloadConfig, ModelConfig
 from textgen_cli.config.download import GettingConfig
@@ -143,6 +146,40 @@ def test_several_models_in_one_file(locked: Callable[..., ModelConfig], tmp_path
     assert set(lock.read(path)) == {NAME, str(tmp_path / "second")}
     assert set(names(DownloadConfig(ModelConfig(locked=path)), None)) == {NAME, str(tmp_path / "second")}
     assert failure(ModelConfig(locked=path)).name == "E-LOCKED"  # two models, and none is named
+
+
+WORK = {
+    "generate": ["the lazy dog", "-n", "4"],
+    "score": ["the lazy dog"],
+    "finetune": ["data.txt", "--format", "lines", "--max-steps", "1", "--valid-share", "0", "-o", "out"],
+}
+
+
+@pytest.mark.parametrize("command", WORK)
+def test_every_command_takes_what_is_locked_and_nothing_else(
+    small_model: Callable[..., Path],
+    forked: Program,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small_model("llama"), "model")
+    Path("data.txt").write_text("the lazy dog\n" * 4)
+    run(DownloadConfig(ModelConfig("./model"), GettingConfig(lock=Path("l"))), silent)
+    args = [command, *WORK[command], "--locked", "l", "--device", "cpu", "--offline"]
+    done = forked(tmp_path, *args)
+    assert done.returncode == 0 and done.stdout, done.stderr
+    shutil.rmtree("out", ignore_errors=True)
+    with Path("model/model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    done = forked(tmp_path, *args)
+    assert (done.returncode, done.stdout) == (5, b"")
+    assert done.stderr == b"textgen: error: [E-LOCKED] ./model: model.safetensors is another one\n"
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ Learning, of P parameters in float32 of which R learn:
     optimizer   8·R: the two moments of AdamW
     gradients   4·R: they grow while the way back takes activations away
     activations what each layer keeps for the way back (`kept`), or with gradient checkpointing its input alone and one
-                layer whole
+                layer whole, which is there when the logits are gone
     logits      B·T·V·12: log-softmax and two gradients in float32; 0 where a head is small
 
-    peak = libraries + weights + optimizer + 1.15 · max(activations + logits + head's gradient, gradients + one layer)
+    peak = libraries + weights + optimizer + 1.05 · max(activations + logits + head's gradient, gradients + one layer)
 
 Operations: 2 a weight and token forward, 4 backward, 2 of these for the gradient of weights that learn: 6·M·D for D
 tokens where all learn, 4·M·D beside an adapter, 2·M·D more with gradient checkpointing; attention likewise.
@@ -40,7 +40,7 @@ STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # names of sa
 SCORED_TOKENS = 2048  # of a batch that score computes at once, where no text has more
 SCORED_LOGITS = 2_000_000 * 4 * 4  # bytes: `head.CHUNK` logits in float32, and what is made of them
 RANK = 16
-SLACK = 1.15  # what comes and goes at every step leaves holes that the allocator keeps; measured on CPUs
+SLACK = 1.05  # what comes and goes at every step leaves holes that the allocator keeps; measured on CPUs
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ def learning(
         held += 2 * network.weights.linear_count if work.method == "full" and work.number == 2 else 0
     layer = round(work.tokens * kept(network, work.length) * work.number)
     stream = work.tokens * network.sizes.hidden * work.number
-    activations = network.layers * stream + layer if work.recompute else network.layers * layer
+    inputs = network.layers * stream
+    activations = inputs + layer if work.recompute else network.layers * layer
     head = 4 * network.sizes.hidden * network.vocabulary if learn == total else 0
     parts = {
         "libraries": libraries,
@@ -136,7 +137,8 @@ def learning(
         "activations": activations,
         "logits": work.tokens * network.vocabulary * 12,
     }
-    moving = round(SLACK * max(activations + parts["logits"] + head, parts["gradients"] + layer))
+    with_logits = (inputs if work.recompute else activations) + parts["logits"] + head
+    moving = round(SLACK * max(with_logits, activations, parts["gradients"] + layer))
     return {"peak": libraries + held + parts["optimizer"] + moving, **parts}
 
 

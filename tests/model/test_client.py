@@ -82,7 +82,7 @@ def test_a_name_without_an_address(server: Hub, monkeypatch: pytest.MonkeyPatch)
     assert (type(error), error.name) == (NetworkError, "E-NETWORK")
 
 
-@pytest.mark.parametrize("fault", ["nobody vouches", "another name"])
+@pytest.mark.parametrize("fault", ["nobody vouches", "another name", "out of date"])
 def test_a_certificate_that_is_not_valid(
     server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -95,6 +95,13 @@ def test_a_certificate_that_is_not_valid(
          "-addext", f"subjectAltName=DNS:{name}", "-keyout", tmp_path / "key", "-out", tmp_path / "cert"],
         capture_output=True, check=True,
     )  # fmt: skip
+    if fault == "out of date":
+        subprocess.run(
+            [openssl, "x509", "-in", tmp_path / "cert", "-signkey", tmp_path / "key", "-days", "-1",
+             "-out", tmp_path / "old"],
+            capture_output=True, check=True,
+        )  # fmt: skip
+        (tmp_path / "old").replace(tmp_path / "cert")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
     if fault != "nobody vouches":

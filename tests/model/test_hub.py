@@ -706,7 +706,8 @@ from textgen_cli.errors import TextgenError
 from textgen_cli.events import Notice
 from textgen_cli.model import hub
 try:
-    found = hub.fetch("org/name", None, offline=False, report=lambda e: isinstance(e, Notice) and print(e))
+    revision = next(iter(sys.argv[1:]), None)
+    found = hub.fetch("org/name", revision, offline=False, report=lambda e: isinstance(e, Notice) and print(e))
     print(found.folder)
 except TextgenError as error:
     print(error.name)
@@ -714,14 +715,14 @@ assert "torch" not in sys.modules
 """
 
 
-def process(server: Hub, home: Path, **env: str) -> subprocess.Popen[str]:
+def process(server: Hub, home: Path, *revision: str, **env: str) -> subprocess.Popen[str]:
     clean = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS"))
     }
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", SCRIPT, *revision],
         env={**clean, **server.settings(home), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -758,6 +759,25 @@ def test_two_processes_at_once_both_end_well(server: Hub, tmp_path: Path) -> Non
     assert Path(results[0][0].strip(), "model.safetensors").read_bytes() == WEIGHTS
     assert len(server.requests("GET", "safetensors")) == 1
     assert not list(tmp_path.rglob("*.incomplete"))
+
+
+@pytest.mark.slow
+def test_two_processes_and_two_revisions(server: Hub, tmp_path: Path) -> None:
+    """F107: each has its own commit, and what both have in common comes once."""
+    old = server.add(REPO, FILES, branch="v1.0")
+    new = server.add(REPO, {**FILES, "config.json": b'{"model_type": "gpt2"}'})
+    arrived = threading.Barrier(2, timeout=30)
+    server.fault("/tree/", times=2, then=arrived.wait)
+    both = [process(server, tmp_path, revision) for revision in ("v1.0", "main")]
+    results = [one.communicate(timeout=60) for one in both]
+    assert [err for _, err in results] == ["", ""]
+    folders = [Path(out.strip()) for out, _ in results]
+    assert [folder.name for folder in folders] == [old, new]
+    assert [(folder / "config.json").read_bytes() for folder in folders] == [
+        FILES["config.json"], b'{"model_type": "gpt2"}'
+    ]  # fmt: skip
+    assert all((folder / "model.safetensors").read_bytes() == WEIGHTS for folder in folders)
+    assert len(server.requests("GET", "safetensors")) == 1
 
 
 def test_a_killed_download_leaves_nothing_that_counts(server: Hub, tmp_path: Path) -> None:

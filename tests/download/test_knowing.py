@@ -406,6 +406,20 @@ def test_a_pipe_gets_a_fact_a_line_and_a_terminal_round_figures(
     assert "2·M + 4·L·D·T" in drawn
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_a_file_says_of_itself_cannot_act_or_forge_a_fact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    """T25."""
+    said = made.pair("general.license", made.STRING, "mit\x1b]52;c;x\x07\nfiles.forged\t1")
+    (tmp_path / "x.gguf").write_bytes(gguf_file(said))
+    monkeypatch.setattr("os.isatty", lambda _: terminal)
+    told = "".join(knowing.lines(look(tmp_path / "x.gguf").fields()))
+    assert "mit" in told
+    assert not re.search(r"[^\n\t -~–·…×—²]", told), told
+    assert not re.search(r"^files.forged", told, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     "other", [{"to": Path("x")}, {"lock": Path("x")}, {"dry_run": True}, {"all_files": True}]
 )

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from textgen_cli.text.figures import flat, scaled, shown, size
+from textgen_cli.text.sanitize import clip
 
 Row = tuple[str, str]
+LONGEST = 1 << 16  # characters of a value
 
 
 def lines(fields: Mapping[str, Any]) -> Iterator[str]:
@@ -27,14 +29,20 @@ def lines(fields: Mapping[str, Any]) -> Iterator[str]:
 
 def plain(fields: Mapping[str, Any]) -> Iterator[str]:
     """A fact a line: name, tab, value."""
-    return (f"{name}\t{shown(value)}\n" for name, value in flat(fields))
+    return (f"{name}\t{_line(shown(value))}\n" for name, value in flat(fields))
+
+
+def _line(text: str) -> str:
+    """What a file says of itself, as one line in which nothing acts: with a line of its own it could forge a fact."""
+    return clip(text, LONGEST)
 
 
 def _drawn(rows: Iterable[Row]) -> Iterator[str]:
     """Names and values under one another, each line as wide as the terminal at most."""
     from textgen_cli.cli.render import aligned
 
-    return (f"{line}\n" for line in aligned(list(rows), shutil.get_terminal_size().columns))
+    told = [(name, _line(value)) for name, value in rows]
+    return (f"{line}\n" for line in aligned(told, shutil.get_terminal_size().columns))
 
 
 def _files(files: list[Mapping[str, Any]]) -> Iterator[str]:

@@ -279,9 +279,9 @@ def test_offline_opens_no_connection_at_all(
         assert not re.findall(r"AF_INET|connect\(", (tmp_path / "trace").read_text()), args
     under = [*trace, sys.executable, "-c", GENERATE_AND_SCORE, "the lazy dog", "-m", NAME, "--offline"]
     done = subprocess.run(
-        under, env=environment(server, tmp_path), cwd=tmp_path, capture_output=True, check=False
+        under, env=environment(server, tmp_path), cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0 and done.stdout.count(b"\n") > 1, done.stderr
+    assert done.returncode == 0 and done.stdout.count("\n") > 1, done.stderr
     # The name of a user is asked of a daemon of this machine, by a file.
     assert not re.findall(r"AF_(?!UNIX)", (tmp_path / "trace").read_text())
     assert len(server.requests(path="absent")) == 0

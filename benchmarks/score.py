@@ -5,7 +5,7 @@ environment of its own), and a loop of one forward pass a masked position. A rou
 starts behind the load and a warm-up. Figures are seconds for a token, ours / peer.
 
 The harness takes batches of 64 rows of up to 512 tokens: what its `auto` finds wherever 64 rows fit into memory, since
-it tries no more. The trial itself, five passes over 64 rows of the longest length, would take twice the work's own time.
+it tries no more. The trial itself, five passes over 64 such rows, would take twice the work's own time.
 """
 
 import hashlib

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,15 @@ def process(server: Hub, home: Path) -> "subprocess.Popen[str]":
                             stderr=subprocess.PIPE, env={**os.environ, **server.settings(home)})  # fmt: skip
 
 
+def parts_of(folder: Path) -> int:
+    """Bytes of files that are under way; one may be whole, and elsewhere, before it is looked at."""
+    sizes = []
+    for path in folder.rglob(f"*{hub.PART}"):
+        with suppress(FileNotFoundError):
+            sizes.append(path.stat().st_size)
+    return sum(sizes)
+
+
 @pytest.mark.slow
 def test_killed_again_and_again_it_fetches_hardly_more_than_the_file(server: Hub, tmp_path: Path) -> None:
     """F89: SIGKILL at every tenth of the file; the bytes of all runs together are those of the file and a little."""
@@ -189,10 +199,8 @@ def test_killed_again_and_again_it_fetches_hardly_more_than_the_file(server: Hub
         assert done.stdout is not None
         started = next(iter(done.stdout), "")
         assert started
-        have = sum(path.stat().st_size for path in tmp_path.rglob(f"*{hub.PART}"))
-        while sum(path.stat().st_size for path in tmp_path.rglob(f"*{hub.PART}")) < min(
-            have + step, len(WEIGHTS)
-        ):
+        have = parts_of(tmp_path)
+        while parts_of(tmp_path) < min(have + step, len(WEIGHTS)):
             time.sleep(0.005)
             if done.poll() is not None:
                 break

@@ -5,7 +5,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
+import transformers
+from parts import gguf_files
 
 pytestmark = pytest.mark.slow
 
@@ -79,3 +82,26 @@ def test_the_program_does_without_it(small_model: Callable[..., Path]) -> None:
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "transformers.core_model_loading" in imported
     assert not imported & {"torch._dynamo", "torch.distributed.tensor", "scipy", "sympy"}
+
+
+def test_a_first_run_converts(tmp_path: Path) -> None:
+    """Saving what is converted asks whether the compiler made the network."""
+    file = tmp_path / "model.gguf"
+    gguf_files.write_llama(file, gguf_files.tiny_llama())
+    argv = [sys.executable, "-m", "textgen_cli", "generate", "once", "-n", "3", "-m", str(file)]
+    argv += ["--device", "cpu", "--cache-dir", str(tmp_path / "cache")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_adapter_is_loaded_with_all_that_peft_asks_for(
+    small_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = small_model("llama")
+    settings = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    net = transformers.AutoModelForCausalLM.from_pretrained(base)
+    peft.get_peft_model(net, settings).save_pretrained(tmp_path / "adapter")
+    argv = [sys.executable, "-m", "textgen_cli", "generate", "once", "-n", "3", "-m", str(base)]
+    argv += ["--device", "cpu", "--adapter", str(tmp_path / "adapter")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _MODELLING = ("transformers.modeling_utils", "transformers.generation.utils", "t
 
 def load(config: "ModelConfig", purpose: "Purpose", report: "Report") -> "Model":
     """What `load.load` gives and raises."""
-    if not allowed:
+    if not allowed or config.adapter:  # peft asks for modules that transformers alone would not
         return _load(config, purpose, report)
     with without_compiler():
         return _load(config, purpose, report)
@@ -70,9 +70,12 @@ def _stand_ins() -> Iterator[None]:
     """For the compiler's modules and the symbols', taken away again: whoever imports them later gets the real ones."""
     import torch
 
-    compiler, traced = ModuleType(_COMPILER), ModuleType(_TRACED)
+    compiler, traced = _Unused(_COMPILER), _Unused(_TRACED)
     compiler.__path__ = [f"{torch.__path__[0]}/_dynamo"]  # its other modules are themselves
     vars(compiler).update(dict.fromkeys(("allow_in_graph", "assume_constant_result", "disable"), _mark))
+    vars(compiler)["eval_frame"] = SimpleNamespace(
+        OptimizedModule=type("OptimizedModule", (), {})
+    )  # nothing is one
     vars(traced)["TransformGetItemToIndex"] = _real_transform
     symbols, symbolic = _Unused(_SYMBOLS), _Unused(_SYMBOLIC)
     vars(symbols)["Basic"] = type("Basic", (), {})  # the class of symbols: nothing is one

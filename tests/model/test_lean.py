@@ -100,7 +100,7 @@ def test_an_adapter_is_loaded_with_all_that_peft_asks_for(
     base = small_model("llama")
     settings = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     net = transformers.AutoModelForCausalLM.from_pretrained(base)
-    peft.get_peft_model(net, settings).save_pretrained(tmp_path / "adapter")
+    peft.get_peft_model(net, settings).save_pretrained(str(tmp_path / "adapter"))
     argv = [sys.executable, "-m", "textgen_cli", "generate", "once", "-n", "3", "-m", str(base)]
     argv += ["--device", "cpu", "--adapter", str(tmp_path / "adapter")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)

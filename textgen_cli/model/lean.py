@@ -8,7 +8,7 @@ a library of its own, compiled.py), so the marks are made by a stand-in that lea
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -92,7 +92,7 @@ def _stand_ins() -> Iterator[None]:
             del vars(torch)["_dynamo"]
 
 
-def _take_away(modules: dict[str, ModuleType]) -> None:
+def _take_away(modules: Mapping[str, ModuleType]) -> None:
     for name, module in modules.items():
         if sys.modules.get(name) is module:
             del sys.modules[name]

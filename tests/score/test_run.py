@@ -242,6 +242,10 @@ UNUSABLE: dict[str, tuple[bytes | None, list[str], int, str]] = {
     "two contexts": (None, ["x", "--context", "a", "--template", "{text}"], 2, "[E-CONFLICT] "),
     "template without a field": (None, ["x", "--template", "a"], 2, "[E-TEMPLATE] "),
     "tokens of choices": (None, ["x", "--labels", "a,b", "--tokens"], 2, "[E-CONFLICT] --tokens: "),
+    "no labels": (None, ["x", "--labels", ""], 2, "[E-RANGE] --labels: must name two labels at least"),
+    "one label": (None, ["x", "--labels", "a"], 2, "[E-RANGE] --labels: must name two labels at least"),
+    "a label twice": (None, ["x", "--labels", "a,b, a"], 2, "[E-RANGE] --labels: names 'a' twice"),
+    "an empty label": (None, ["x", "--labels", "a,,b"], 2, "[E-RANGE] --labels: has an empty label"),
     "csv out": (None, ["--lines", "-o", "a.csv"], 2, "[E-FORMAT] "),
 }
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from textgen_cli.config.explain import ExplainConfig, check_gradients
-from textgen_cli.config.shared import BatchConfig, ModelConfig, check_key, check_range, listed, option_name
+from textgen_cli.config.shared import BatchConfig, ModelConfig, check_key, check_range, option_name
 from textgen_cli.errors import UsageError
 
 Normalization = Literal["raw", "token", "byte", "pmi"]
@@ -65,8 +65,18 @@ class ScoringConfig:
             raise UsageError("E-CONFLICT", "--delimiter", "needs a context")
         if self.top is not None and not self.tokens:
             raise UsageError("E-CONFLICT", "--top", "needs --tokens")
-        if self.labels is not None and len(self.label_list()) < 2:
-            raise UsageError("E-RANGE", "--labels", "must name two labels at least")
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        """Two at least, and each its own: a label that is dropped would change every probability."""
+        labels = self.label_list()
+        if self.labels is not None and len(labels) < 2:
+            raise UsageError("E-RANGE", "--labels", "must name two labels at least, as in good,bad")
+        for place, label in enumerate(labels):
+            if not label:
+                raise UsageError("E-RANGE", "--labels", "has an empty label")
+            if label in labels[:place]:
+                raise UsageError("E-RANGE", "--labels", f"names {label!r} twice")
 
     def _check_pairs(self) -> None:
         """A pair is all of its record."""
@@ -95,7 +105,7 @@ class ScoringConfig:
 
     def label_list(self) -> tuple[str, ...]:
         """The labels of --labels; none where it is not given."""
-        return listed(self.labels)
+        return () if self.labels is None else tuple(label.strip() for label in self.labels.split(","))
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,10 @@ class ScoringConfig:
         )
         if self.pairs and (unread := [n for n in apart if getattr(self, n)]):
             raise UsageError("E-CONFLICT", option_name(unread[0]), "cannot be used with --pairs")
+        if self.pairs and self.text_field != type(self).text_field:
+            raise UsageError(
+                "E-CONFLICT", "--text-field", "cannot be used with --pairs, whose fields are known"
+            )
         if self.second is not None and not self.pairs:
             raise UsageError("E-CONFLICT", "--second", "needs --pairs")
 
@@ -123,9 +127,12 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         check_gradients(self.explaining, self.model)
-        if self.explaining.explain is not None and self.scoring.watermark is not None:
-            raise UsageError("E-CONFLICT", "--explain", "cannot be used with --watermark")
-        if self.explaining.explain is not None and self.scoring.against is not None:
-            raise UsageError("E-CONFLICT", "--explain", "cannot be used with --against")
+        for name in ("watermark", "against", "pairs"):
+            if self.explaining.explain is not None and getattr(self.scoring, name):
+                raise UsageError("E-CONFLICT", "--explain", f"cannot be used with {option_name(name)}")
+        for name in ("adapter", "quantize"):
+            if self.scoring.watermark is not None and getattr(self.model, name):
+                fact = f"cannot be used with {option_name(name)}: no weights are loaded"
+                raise UsageError("E-CONFLICT", "--watermark", fact)
         if self.explaining.explain is not None and self.summary and self.batch.output is None:
             raise UsageError("E-CONFLICT", "--explain", "cannot be used with --summary", hint="add -o FILE")

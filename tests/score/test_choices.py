@@ -283,11 +283,11 @@ class Fixed:
 
 def judged(gold: Any, told: dict[str, tuple[float, float]] | None = None) -> Any:
     told = told or {"a": (-1.0, -1.0), "bb": (-2.0, -4.0), "c": (-1.0, -3.0)}
-    config = ScoringConfig(choices="choices", gold="gold")
+    config = ScoringConfig(choices="choices", gold="answer")
     return dict(ChoiceScorer(config, Fixed(told)).score([Asked(0, "", "context", tuple(told), gold)]))[0]
 
 
-@pytest.mark.parametrize("gold", ["bb", 1])
+@pytest.mark.parametrize("gold", ["bb", 1, "1"])
 def test_gold_as_text_and_as_number(gold: Any) -> None:
     found = judged(gold)
     # Ties go to the first.
@@ -297,10 +297,10 @@ def test_gold_as_text_and_as_number(gold: Any) -> None:
     assert found["brier"]["raw"] == close(float(((p - [0, 1, 0]) ** 2).sum()))
 
 
-@pytest.mark.parametrize("gold", ["absent", 3, -1, True, None, 1.0, ["bb"], {}])
+@pytest.mark.parametrize("gold", ["absent", 3, "3", -1, "-1", True, None, 1.0, ["bb"], {}])
 def test_gold_that_is_no_choice(gold: Any) -> None:
     found = judged(gold)
-    assert isinstance(found, InputError) and found.name == "E-FIELD"
+    assert isinstance(found, InputError) and (found.name, found.subject) == ("E-FIELD", "answer")
 
 
 def test_the_harness_judges_alike() -> None:
@@ -439,14 +439,16 @@ def test_labels_against_scikit_learn() -> None:
         }
         for at, (g, m, p) in enumerate(zip(gold, made, shares, strict=True))
     ]
-    unusable: list[Any] = [["sad"], {}, True, 9, 1.5]
+    lines[1]["gold"] = str(names.index(gold[1]))  # from CSV
+    # What the classifier cannot say is told of, and neither a class nor a miss.
+    unusable: list[Any] = [["sad"], {}, True, 9, "9", 1.5, None, "Sad", ""]
     found = corpus([*lines, *({**lines[0], "gold": bad} for bad in unusable)], gold="gold")
     assert found["accuracy"] == close(theirs.accuracy_score(gold, made))
     assert found["macro_f1"] == close(theirs.f1_score(gold, made, average="macro"))
     assert found["matthews"] == close(theirs.matthews_corrcoef(gold, made))
     wanted = np.array([[g == name for name in names] for g in gold])
     assert found["brier"] == close(float(((shares - wanted) ** 2).sum(1).mean()))
-    assert found["gold_unusable"] == 5
+    assert (found["gold_unusable"], list(found["classes"])) == (len(unusable), sorted(names))
 
 
 def test_several_labels() -> None:
@@ -471,7 +473,10 @@ def test_several_labels() -> None:
     assert found["accuracy"] == close(theirs.accuracy_score(gold, made))
     assert found["micro_f1"] == close(theirs.f1_score(gold, made, average="micro"))
     assert found["macro_f1"] == close(theirs.f1_score(gold, made, average="macro"))
-    assert corpus([{**ordered[0], "input_labels": [["l1"]]}], gold="labels")["gold_unusable"] == 1
+    for bad in ([["l1"]], ["l1", "l3"], "l3", None, "[l1]"):
+        assert corpus([{**ordered[0], "input_labels": bad}], gold="labels")["gold_unusable"] == 1
+    cells = [{**one, "input_labels": json.dumps(one["input_labels"])} for one in ordered]  # of CSV
+    assert corpus(cells, gold="labels") == found
 
 
 def test_numbers_against_numpy() -> None:
@@ -505,11 +510,12 @@ def test_several_numbers() -> None:
 
 def test_entities() -> None:
     entity = {"text": "x", "type": "PER", "start": 0, "end": 1, "score": 1.0}
-    golds: list[Any] = [["B-PER", "O"], ["O", "B-LOC"], ["O"], "O O", [1, 2], [["O"], "O"], {}]
+    golds: list[Any] = ['["B-PER", "O"]', ["O", "B-LOC"], ["O"], "O O", [1, 2], [["O"], "O"], {}, None]
     lines = [{"gold": gold, "entities": [entity], "tags": ["B-PER", "O"]} for gold in golds]
     found = corpus(lines, gold="gold")
     assert (found["accuracy"], found["precision"], found["recall"], found["f1"]) == (0.5, 0.5, 0.5, 0.5)
-    assert (found["entities"], found["gold_unusable"]) == ({"PER": 7}, 5)
+    assert (found["entities"], found["gold_unusable"]) == ({"PER": 8}, 6)
+    assert found["exact_match"] == 0.5  # of texts: all of the first's tags are right, not all of the second's
 
 
 def test_fields_of_the_input_are_no_figures() -> None:

@@ -242,6 +242,42 @@ UNUSABLE: dict[str, tuple[bytes | None, list[str], int, str]] = {
     "two contexts": (None, ["x", "--context", "a", "--template", "{text}"], 2, "[E-CONFLICT] "),
     "template without a field": (None, ["x", "--template", "a"], 2, "[E-TEMPLATE] "),
     "tokens of choices": (None, ["x", "--labels", "a,b", "--tokens"], 2, "[E-CONFLICT] --tokens: "),
+    "gold of plain text": (None, ["x", "--gold", "g"], 2, "[E-CONFLICT] --gold: "),
+    "gold of lines": (None, ["--lines", "--gold", "g"], 2, "[E-CONFLICT] --gold: "),
+    "choices of plain text": (None, ["--lines", "--choices", "c"], 2, "[E-CONFLICT] --choices: "),
+    "pairs of plain text": (None, ["--lines", "--pairs"], 2, "[E-CONFLICT] --pairs: "),
+    "text field of plain text": (None, ["x", "--text-field", "y"], 2, "[E-CONFLICT] --text-field: "),
+    "text field of lines": (None, ["--lines", "--text-field", "y"], 2, "[E-CONFLICT] --text-field: "),
+    "text field of pairs": (
+        None,
+        ["--jsonl", "--pairs", "--text-field", "y"],
+        2,
+        "[E-CONFLICT] --text-field: ",
+    ),
+    "text field of choices": (
+        None,
+        ["--jsonl", "--choices", "c", "--context", "q", "--text-field", "y"],
+        2,
+        "[E-CONFLICT] --text-field: ",
+    ),
+    "template of plain text": (None, ["x", "--template", "{q}", "--labels", "a,b"], 2, "[E-TEMPLATE] "),
+    "stride behind a context": (None, ["x", "--context", "a", "--stride", "2"], 2, "[E-CONFLICT] --stride: "),
+    "explained pairs": (
+        None,
+        ["--jsonl", "--pairs", "--explain", "occlusion"],
+        2,
+        "[E-CONFLICT] --explain: ",
+    ),
+    "weights of a watermark": (
+        None,
+        ["x", "--watermark", "k", "--quantize", "int8"],
+        2,
+        "[E-CONFLICT] --watermark: ",
+    ),
+    "no labels": (None, ["x", "--labels", ""], 2, "[E-RANGE] --labels: must name two labels at least"),
+    "one label": (None, ["x", "--labels", "a"], 2, "[E-RANGE] --labels: must name two labels at least"),
+    "a label twice": (None, ["x", "--labels", "a,b, a"], 2, "[E-RANGE] --labels: names 'a' twice"),
+    "an empty label": (None, ["x", "--labels", "a,,b"], 2, "[E-RANGE] --labels: has an empty label"),
     "csv out": (None, ["--lines", "-o", "a.csv"], 2, "[E-FORMAT] "),
 }
 
@@ -259,9 +295,20 @@ def test_refused_before_a_model_loads(forked: Program, tmp_path: Path, row: str)
 
 
 MEANINGLESS = {
-    "llama": (["--pll", "original"], ["--truncate", "right"], ["--jsonl", "--gold", "g"]),
+    "llama": (
+        ["--pll", "original"],
+        ["--truncate", "right"],
+        ["--jsonl", "--gold", "g"],
+        ["--truncate", "left"],
+    ),
     "bert": (["--window", "8"], ["--bos", "never"], ["--labels", "a,b"], ["--truncate", "left"]),
-    "t5": (["--window", "8"], ["--stride", "2"], ["--words"], ["--pll", "original"]),
+    "t5": (
+        ["--window", "8"],
+        ["--stride", "2"],
+        ["--context", "a", "--delimiter", "-"],
+        ["--words"],
+        ["--pll", "original"],
+    ),
     "bert-classifier": (["--bits"], ["--tokens"], ["--labels", "a,b"], ["--against", "x"]),
 }
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from textgen_cli.config.explain import ExplainConfig, check_gradients
-from textgen_cli.config.shared import BatchConfig, ModelConfig, check_key, check_range, listed, option_name
+from textgen_cli.config.shared import BatchConfig, ModelConfig, check_key, check_range, option_name
 from textgen_cli.errors import UsageError
 
 Normalization = Literal["raw", "token", "byte", "pmi"]
@@ -65,8 +65,18 @@ class ScoringConfig:
             raise UsageError("E-CONFLICT", "--delimiter", "needs a context")
         if self.top is not None and not self.tokens:
             raise UsageError("E-CONFLICT", "--top", "needs --tokens")
-        if self.labels is not None and len(self.label_list()) < 2:
-            raise UsageError("E-RANGE", "--labels", "must name two labels at least")
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        """Two at least, and each its own: a label that is dropped would change every probability."""
+        labels = self.label_list()
+        if self.labels is not None and len(labels) < 2:
+            raise UsageError("E-RANGE", "--labels", "must name two labels at least, as in good,bad")
+        for place, label in enumerate(labels):
+            if not label:
+                raise UsageError("E-RANGE", "--labels", "has an empty label")
+            if label in labels[:place]:
+                raise UsageError("E-RANGE", "--labels", f"names {label!r} twice")
 
     def _check_pairs(self) -> None:
         """A pair is all of its record."""
@@ -83,6 +93,10 @@ class ScoringConfig:
         )
         if self.pairs and (unread := [n for n in apart if getattr(self, n)]):
             raise UsageError("E-CONFLICT", option_name(unread[0]), "cannot be used with --pairs")
+        if self.pairs and self.text_field != type(self).text_field:
+            raise UsageError(
+                "E-CONFLICT", "--text-field", "cannot be used with --pairs, whose fields are known"
+            )
         if self.second is not None and not self.pairs:
             raise UsageError("E-CONFLICT", "--second", "needs --pairs")
 
@@ -95,7 +109,7 @@ class ScoringConfig:
 
     def label_list(self) -> tuple[str, ...]:
         """The labels of --labels; none where it is not given."""
-        return listed(self.labels)
+        return () if self.labels is None else tuple(label.strip() for label in self.labels.split(","))
 
 
 @dataclass(frozen=True)
@@ -113,9 +127,12 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         check_gradients(self.explaining, self.model)
-        if self.explaining.explain is not None and self.scoring.watermark is not None:
-            raise UsageError("E-CONFLICT", "--explain", "cannot be used with --watermark")
-        if self.explaining.explain is not None and self.scoring.against is not None:
-            raise UsageError("E-CONFLICT", "--explain", "cannot be used with --against")
+        for name in ("watermark", "against", "pairs"):
+            if self.explaining.explain is not None and getattr(self.scoring, name):
+                raise UsageError("E-CONFLICT", "--explain", f"cannot be used with {option_name(name)}")
+        for name in ("adapter", "quantize"):
+            if self.scoring.watermark is not None and getattr(self.model, name):
+                fact = f"cannot be used with {option_name(name)}: no weights are loaded"
+                raise UsageError("E-CONFLICT", "--watermark", fact)
         if self.explaining.explain is not None and self.summary and self.batch.output is None:
             raise UsageError("E-CONFLICT", "--explain", "cannot be used with --summary", hint="add -o FILE")

@@ -5,10 +5,11 @@ Knows no model. Plain input has a text alone; records have fields, which options
 
 import json
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from textgen_cli.config import ScoringConfig
+from textgen_cli.config import ScoringConfig, option_name
 from textgen_cli.errors import InputError, UsageError
 from textgen_cli.score.pairs import pair_of
 from textgen_cli.score.request import Asked
@@ -26,7 +27,8 @@ def is_field(context: str, *, plain: bool) -> bool:
 class Questioner:
     """Turns records into questions as the command line has it; `plain`: records have nothing but a text."""
 
-    def __init__(self, config: ScoringConfig, *, plain: bool) -> None:
+    def __init__(self, config: ScoringConfig, *, plain: bool, named: bool = True) -> None:
+        """`named`: results tell the name of the text's field. UsageError for options that would do nothing."""
         self.config, self.plain = config, plain
         self.template = config.template
         if config.template_file is not None:
@@ -34,6 +36,13 @@ class Questioner:
         if self.template is not None and not template_fields(self.template):
             raise UsageError("E-TEMPLATE", "template", "has no field", hint="write {text}")
         self.labels = config.label_list()
+        if plain:
+            _check_plain(config, template_fields(self.template or ""), named=named)
+        self._check_context(named=named)
+
+    def _check_context(self, *, named: bool) -> None:
+        """UsageError for a context that leaves out what it should show, and for what means nothing beside one."""
+        config, plain = self.config, self.plain
         chooses = self.labels or config.choices is not None
         if self.template is not None and not chooses and config.text_field in template_fields(self.template):
             fact = f"shows {{{config.text_field}}}, which is what is scored"
@@ -47,6 +56,13 @@ class Questioner:
             raise UsageError(
                 "E-CONFLICT", "--context", fact, hint="--template joins both, as in 'Review: {text}'"
             )
+        joined = self.template is not None or config.context is not None
+        if config.text_field != ScoringConfig.text_field and chooses and joined and named and not plain:
+            fact = "is not read: choices stand behind the context"
+            raise UsageError("E-CONFLICT", "--text-field", fact)
+        if config.stride is not None and config.context and not is_field(config.context, plain=plain):
+            fact = "cannot be used with --context: no text behind one slides"
+            raise UsageError("E-CONFLICT", "--stride", fact)
 
     def __call__(self, record: Record) -> Asked:
         """The question of one record. InputError E-FIELD for a field that is missing or unusable."""
@@ -86,6 +102,24 @@ class Questioner:
         if len(set(found)) < len(found):
             raise InputError("E-FIELD", self.config.choices, "holds a text twice")
         return tuple(found)
+
+
+def _check_plain(config: ScoringConfig, shown: Sequence[str], *, named: bool) -> None:
+    """UsageError for a field that is named where texts have none; `shown`: those of the template."""
+    hint = "give records with fields: --jsonl or --csv"
+    if config.pairs and config.second is None:
+        raise UsageError("E-CONFLICT", "--pairs", "needs records of two texts, or --second FILE", hint=hint)
+    for name in ("gold", "choices"):
+        if getattr(config, name) is not None:
+            raise UsageError(
+                "E-CONFLICT", option_name(name), "names a field, and plain text has none", hint=hint
+            )
+    if unknown := [name for name in shown if name != config.text_field]:
+        fact = f"shows {{{unknown[0]}}}, and plain text has {{{config.text_field}}} alone"
+        raise UsageError("E-TEMPLATE", "template", fact, hint=hint)
+    if config.text_field != ScoringConfig.text_field and not (named or shown):
+        fact = "names a field, and plain text has none"
+        raise UsageError("E-CONFLICT", "--text-field", fact, hint=hint)
 
 
 def _field(record: Record, name: str) -> Any:

@@ -6,6 +6,7 @@ the softmax over the choices. Knows no model: a scorer gives the log-likelihoods
 """
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -65,8 +66,12 @@ class ChoiceScorer:
                     choice[name] *= SCALE[told_in]
         if self.config.gold is None:
             return told
-        gold = right(asked.gold, [choice["text"] for choice in choices])
-        return gold if isinstance(gold, TextgenError) else told | _correctness(choices, predictions, gold)
+        gold = place_of(asked.gold, [choice["text"] for choice in choices])
+        if gold is None:
+            return InputError(
+                "E-FIELD", self.config.gold, f"{asked.gold!r} is neither a choice nor the number of one"
+            )
+        return told | _correctness(choices, predictions, gold)
 
     def _rules(self, choices: Sequence[Figures]) -> dict[str, Callable[[Mapping[str, Any]], float]]:
         """The normalisations that can be told: none by PMI where a choice cannot stand alone."""
@@ -106,10 +111,12 @@ def softmax(values: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def right(gold: Any, choices: Sequence[str]) -> int | TextgenError:
-    """Which choice is the right one: the gold field holds its text, or its number from 0."""
-    if isinstance(gold, str) and gold in choices:
-        return choices.index(gold)
-    if isinstance(gold, int) and not isinstance(gold, bool) and 0 <= gold < len(choices):
+def place_of(gold: Any, texts: Sequence[str]) -> int | None:
+    """Which of the texts is the right one: the gold field holds it, or its number from 0; None: it holds neither."""
+    if isinstance(gold, str) and gold in texts:
+        return texts.index(gold)
+    if isinstance(gold, str) and re.fullmatch(r"[0-9]{1,9}", gold):  # a cell of CSV
+        gold = int(gold)
+    if isinstance(gold, int) and not isinstance(gold, bool) and 0 <= gold < len(texts):
         return gold
-    return InputError("E-FIELD", "gold", f"{gold!r} is neither a choice nor the number of one")
+    return None

@@ -29,7 +29,7 @@ class LabelScorer:
 
     def __init__(self, config: ScoringConfig, model: Model, rows: int | None, report: Report) -> None:
         self.model, self.rows, self.report = model, rows, report
-        self.names = label_names(model)
+        self.names, self.field = label_names(model), config.text_field
         self.truncates = config.truncate is not None
         if config.truncate is not None:
             model.tokenizer.backend.truncation_side = config.truncate
@@ -63,11 +63,13 @@ class LabelScorer:
         encoded = backend(*texts, truncation=False)
         size, limit = len(encoded["input_ids"]), self.model.context
         if not size:
-            raise InputError("E-EMPTY", "text", f"gives no token, and {self.model.name} adds none of its own")
+            raise InputError(
+                "E-EMPTY", self.field, f"gives no token, and {self.model.name} adds none of its own"
+            )
         too_long = limit is not None and size > limit
         if too_long:
             if not self.truncates:
-                raise InputError("E-CONTEXT", "text", f"{size:,} tokens, the model takes {limit:,}")
+                raise InputError("E-CONTEXT", self.field, f"{size:,} tokens, the model takes {limit:,}")
             encoded = backend(*texts, truncation="longest_first", max_length=limit)
         return Row(encoded["input_ids"], encoded.get("token_type_ids")), too_long
 

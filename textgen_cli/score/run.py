@@ -28,7 +28,7 @@ def run(config: ScoreConfig, text: str, report: Report, *, detail: bool = False)
 
     Raises what `model.load` and the scorer raise.
     """
-    questioner = Questioner(config.scoring, plain=True)
+    questioner = Questioner(config.scoring, plain=True, named=False)
     asked = questioner(Record(0, {config.scoring.text_field: text}))
     scorer = open_scorer(config, report, detail=detail)
     _, found = next(iter(scorer.score([asked])))
@@ -50,7 +50,8 @@ def run_batch(
     plain = given_record is not None or form in ("text", "lines")
     if scoring.second is not None:
         pairfiles.check_lengths(batching, scoring.second)
-    questioner = Questioner(scoring, plain=plain)
+    named = encode is None or batching.output is not None
+    questioner = Questioner(scoring, plain=plain, named=named)
     corpus = Corpus(scoring)
 
     def compute(

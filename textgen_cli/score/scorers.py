@@ -146,7 +146,7 @@ MEANT_FOR: dict[str, tuple[str, ...]] = {
     "labels": ("causal", "seq2seq"),
     "template": ("causal", "seq2seq"),
     "template_file": ("causal", "seq2seq"),
-    "delimiter": ("causal", "seq2seq"),
+    "delimiter": ("causal",),
     "words": ("causal", "masked"),
     "bos": ("causal",),
     "window": ("causal",),
@@ -171,6 +171,13 @@ def _refuse(scoring: ScoringConfig, model: "Model") -> None:
     if model.family == "causal" and scoring.truncate == "right":
         fact = f"cuts what {model.name} is asked about"
         raise UsageError("E-FAMILY", "--truncate right", fact, hint="--truncate left cuts the context")
+    sources = (scoring.context, scoring.template, scoring.template_file)
+    stands_alone = sources == (None, None, None) and not _chooses(scoring)
+    if model.family == "causal" and scoring.truncate is not None and stands_alone:
+        fact = "cuts a context, and there is none"
+        raise UsageError(
+            "E-CONFLICT", "--truncate", fact, hint="a text alone goes through windows: --window, --stride"
+        )
     if scoring.gold is not None and model.family in LIKELIHOOD and not _chooses(scoring):
         raise UsageError(
             "E-CONFLICT", "--gold", "needs --choices or --labels with a model such as " + model.name

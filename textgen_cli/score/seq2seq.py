@@ -209,7 +209,10 @@ class Seq2SeqScorer:
     def _figures(self, pairs: Pairs, asked: Asked, parts: Sequence[Measured]) -> Figures:
         unit = figures.unit(self.config)
         if asked.choices is not None:
-            return {"choices": [_choice(t, part) for t, part in zip(pairs.targets, parts, strict=True)]}
+            told: Figures = {
+                "choices": [_choice(t, part) for t, part in zip(pairs.targets, parts, strict=True)]
+            }
+            return told | ({"truncated": True} if pairs.truncated else {})
         target, part = pairs.targets[0], parts[0]
         found = figures.likelihood(part.log_probability, target.text, unit)
         end = self.model.tokenizer.backend.eos_token_id

@@ -4,12 +4,15 @@ Rates are over the corpus, not means of the records' rates: perplexity = exp(sum
 Standard errors take the records as the sample (ratio estimator; for perplexity by the delta method).
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from textgen_cli.config import ScoringConfig
+from textgen_cli.score.choices import place_of
 from textgen_cli.score.figures import SCALE, exponential, unit
 from textgen_cli.score.pairs import Preferences
 from textgen_cli.score.sums import Pairs, Ratio
@@ -58,7 +61,7 @@ class Corpus:
         gold = self.gold if self.gold not in figures else f"input_{self.gold}"
         right = None if gold is None else line.get(gold)
         told = [part.add(figures, right) for part in self.parts]
-        self.unusable += False in told
+        self.unusable += False in told or (gold is not None and right is None)
 
     def figures(self) -> dict[str, Any]:
         """The figures of all lines so far; those that nothing was found for are absent."""
@@ -181,7 +184,8 @@ class Labels:
         self.predicted.update(made)
         if right is None:
             return True
-        told = right if self.several and isinstance(right, list) else [right]
+        right = _listed(right) if self.several else right
+        told = right if isinstance(right, list) and self.several else [right]
         names = [_label(one, list(line["labels"])) for one in told]
         theirs = {name for name in names if name is not None}
         if None in names:
@@ -218,14 +222,19 @@ class Labels:
 
 
 def _label(right: Any, labels: Sequence[str]) -> str | None:
-    """The name of a right answer: a text, or a label's number from 0; None where it is neither."""
-    if isinstance(right, str):
-        return right
-    if isinstance(right, bool) or not isinstance(right, int):
-        return None
-    if str(right) in labels:
+    """The label that is right: the gold field holds it, or its number from 0; None where it holds neither."""
+    if isinstance(right, int) and not isinstance(right, bool) and str(right) in labels:
         return str(right)
-    return labels[right] if 0 <= right < len(labels) else None
+    place = place_of(right, labels)
+    return None if place is None else labels[place]
+
+
+def _listed(right: Any) -> Any:
+    """A list that a cell of CSV holds as JSON; all else as it is."""
+    if isinstance(right, str) and right.startswith("["):
+        with suppress(ValueError, RecursionError):
+            return json.loads(right)
+    return right
 
 
 class Numbers:
@@ -295,7 +304,7 @@ class Entities:
         self.hits: Counter[str] = Counter()
         self.rights: Counter[str] = Counter()
         self.made: Counter[str] = Counter()
-        self.right = Ratio()
+        self.right, self.exact = Ratio(), Ratio()
 
     def add(self, line: Line, right: Any) -> bool:
         """Count one line; False where its right answer is not a tag for each word."""
@@ -304,7 +313,7 @@ class Entities:
         self.found.update(entity["type"] for entity in line["entities"])
         if right is None:
             return True
-        tags = line["tags"]
+        tags, right = line["tags"], _listed(right)
         if (
             not isinstance(right, list)
             or len(right) != len(tags)
@@ -316,6 +325,7 @@ class Entities:
             counter.update(kind for kind, _, _ in spans)
         for gold, made in zip(right, tags, strict=True):
             self.right.add(float(gold == made), 1)
+        self.exact.add(float(right == tags), 1)
         return True
 
     def figures(self) -> dict[str, Any]:
@@ -325,5 +335,6 @@ class Entities:
             return found
         report = metrics.report(self.hits, self.rights, self.made)
         micro = report.micro
-        found |= {"accuracy": accuracy, "precision": micro.precision, "recall": micro.recall, "f1": micro.f1}
+        found |= {"accuracy": accuracy, **with_error("exact_match", self.exact)}
+        found |= {"precision": micro.precision, "recall": micro.recall, "f1": micro.f1}
         return found | {"macro_f1": report.macro.f1, "classes": _classes(report)}

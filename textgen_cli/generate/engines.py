@@ -84,7 +84,7 @@ def open_engine(
     engine = judging.guarded(config, judges, engine, report, alone=alone, continues=model.family == "causal")
     if asked is None and model.family == "seq2seq" and model.stamp is not None:
         asked = model.stamp.source_template  # what stood around every source in training
-    prompter = Prompter(config.prompting, asked, _reader(config, model), seed, count)
+    prompter = Prompter(config.prompting, asked, _reader(config, model, report), seed, count)
     return Opened(engine, prompter, lambda request: _as_seen(model, request))
 
 
@@ -132,16 +132,21 @@ def _explained(config: GenerateConfig, engine: Engine, model: "Model", report: R
     return ExplainedEngine(engine, Explainer(config.explaining, model, report), start)
 
 
-def _reader(config: GenerateConfig, model: "Model") -> Reader:
+def _reader(config: GenerateConfig, model: "Model", report: Report) -> Reader:
     """How this model is to be asked: in messages where it has a template and a chat or a task is meant."""
     chat = prompts.wants_chat(config.prompting) or config.prompting.task is not None
-    vocabulary = model.tokenizer.backend.get_vocab() if config.prompting.task == "translate" else {}
-    return reader(
+    translates, backend = config.prompting.task == "translate", model.tokenizer.backend
+    found = reader(
         _FAMILY_OF.get(model.family, "causal"),
         instruct=model.tokenizer.has_template and chat,
         model_type=str(model.net.config.model_type),
-        vocabulary=vocabulary,
+        vocabulary=backend.get_vocab() if translates else {},
+        pair=(getattr(backend, "source_lang", None), getattr(backend, "target_lang", None)),
     )
+    if translates and not found.knows_target:
+        fact = f"{model.name}: cannot be told the languages, it translates as it was trained"
+        report(Notice(fact, name="W-LANGUAGE"))
+    return found
 
 
 _FAMILY_OF: dict[str, Any] = {

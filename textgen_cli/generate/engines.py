@@ -161,13 +161,19 @@ def _check_chat(config: GenerateConfig, model: "Model") -> None:
     """A system message or a chat must reach the model: one without a template would never see it."""
     option = "--system" if config.prompting.system is not None else "--chat"
     wanted = config.prompting.chat or config.prompting.system is not None
-    if prompts.wants_chat(config.prompting) and config.prompting.truncate:
-        raise UsageError("E-CONFLICT", "--truncate", "would cut a conversation's control tokens")
+    in_template = model.family == "causal" and model.tokenizer.has_template
+    if prompts.wants_chat(config.prompting) or (config.prompting.task is not None and in_template):
+        _refuse_cut(config)
     if wanted and model.family != "causal":
         raise UsageError("E-FAMILY", option, f"means nothing to a {model.family} model such as {model.name}")
     if wanted and not model.tokenizer.has_template:
         hint = f"drop {option} to continue the text as it is"
         raise ModelError("E-TEMPLATE", model.name, f"has no chat template, which {option} needs", hint=hint)
+
+
+def _refuse_cut(config: GenerateConfig) -> None:
+    if config.prompting.truncate:
+        raise UsageError("E-CONFLICT", "--truncate", "would cut a conversation's control tokens")
 
 
 def _hint_chat(config: GenerateConfig, model: "Model", report: Report) -> None:
@@ -219,6 +225,7 @@ def open_local(
             hint="--logprobs K shows alternatives",
         )
     plan = sampling.plan(config.decoding, model, report)
+    judging.check_draws(config, plan.sample)
     constrainer = None
     if constraint is not None:
         grammar_refused(plan.settings.num_beams)
@@ -243,6 +250,9 @@ def talker(config: GenerateConfig, report: Report) -> "Callable[[DecodingConfig]
 
     if config.endpoint.endpoint is not None:
         return lambda decoding: guarded(_remote_talker(replace(config, decoding=decoding), report))
+    _refuse_cut(config)
+    if config.engine == "compiled":
+        raise UsageError("E-ENGINE", "--engine compiled", "does not hold a conversation")
     loaded: dict[ModelConfig, Model] = {}
 
     def reopen(decoding: DecodingConfig) -> "Talker":
@@ -325,7 +335,7 @@ def _open_extract(
         raise UsageError(
             "E-FAMILY", model.name, "answers questions about a text", hint="use --task qa --question TEXT"
         )
-    return ExtractEngine(model, config.prompting.top)
+    return ExtractEngine(model, config.prompting.top, config.batch.rows)
 
 
 def _refuse_decoding(config: GenerateConfig, model: "Model") -> None:
@@ -335,6 +345,7 @@ def _refuse_decoding(config: GenerateConfig, model: "Model") -> None:
     given = [name for name, value in chosen.items() if value != getattr(default, name)]
     given += [name for name, value in asdict(config.constraint).items() if value]
     given += ["truncate"] if config.prompting.truncate else []
+    judging.check_draws(config, draws=False)
     if given:
         option = "--" + given[0].replace("_", "-")
         raise UsageError("E-FAMILY", option, f"means nothing to a {model.family} model such as {model.name}")

@@ -295,7 +295,13 @@ def test_no_conversation_without_a_terminal(program: list[str], env: dict[str, s
 
 
 @pytest.mark.parametrize(
-    ("args", "name"), [(("--num-return-sequences", "2"), "E-CONFLICT"), ((), "E-TEMPLATE")]
+    ("args", "name"),
+    [
+        (("--num-return-sequences", "2"), "E-CONFLICT"),
+        (("--truncate", "left"), "E-CONFLICT"),
+        (("--engine", "compiled"), "E-ENGINE"),
+        ((), "E-TEMPLATE"),
+    ],
 )
 def test_what_cannot_become_a_conversation(
     forked: Program, folder: Path, small_model: Any, tmp_path: Path, args: tuple[str, ...], name: str

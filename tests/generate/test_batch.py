@@ -323,6 +323,9 @@ def test_a_chat_in_records(forked: Program, small_model: Callable[..., Path], tm
     assert [("German" in text, "French" in text) for text in texts(done)] == [(True, True), (False, True)]
 
 
+SERVER = ("--endpoint", "http://127.0.0.1:1/v1")
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -342,6 +345,14 @@ def test_a_chat_in_records(forked: Program, small_model: Callable[..., Path], tm
         (["x", "--choices", ""], "--choices"),
         (["x", "--max-time", "3"], "[E-CONFLICT] --max-time: "),
         (["x", "--shard", "1/2"], "[E-CONFLICT] --shard: "),
+        (["--lines", "--top", "2"], "[E-CONFLICT] --top: needs JSONL output"),
+        (["x", "--concurrency", "2"], "[E-CONFLICT] --concurrency: needs --endpoint"),
+        (["x", "--split-sequences"], "[E-CONFLICT] --split-sequences: needs --endpoint"),
+        (["x", "--watermark-bias", "3"], "[E-CONFLICT] --watermark-bias: needs --watermark"),
+        (["x", *SERVER, "--dtype", "float32"], "[E-CONFLICT] --dtype: means nothing to a server"),
+        (["x", *SERVER, "--threads", "2"], "[E-CONFLICT] --threads: means nothing to a server"),
+        (["--jsonl", *SERVER, "--batch-size", "4"], "[E-CONFLICT] --batch-size: means nothing to a server"),
+        (["x", *SERVER, "--engine", "compiled"], "[E-ENDPOINT-OPTION] --engine: cannot be asked of a server"),
     ],
 )
 def test_wrong_combinations_need_no_model(
@@ -351,6 +362,13 @@ def test_wrong_combinations_need_no_model(
     assert (done.returncode, done.stdout) == (2, b""), done.stderr
     assert says in done.stderr.decode()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_default_for_other_runs_is_left_alone(forked: Program, tmp_path: Path) -> None:
+    """From a variable or a settings file, what would be refused if typed says nothing about this run."""
+    known: Any = {"TEXTGEN_CONCURRENCY": "2", "TEXTGEN_ENDPOINT_SERVER": "vllm"}
+    done = forked(tmp_path, "generate", "-m", "./absent", "--no-stdin", "x", **known)
+    assert (done.returncode, b"./absent" in done.stderr) == (5, True), done.stderr
 
 
 @pytest.mark.slow

@@ -126,6 +126,16 @@ def test_alone_and_together_are_the_same(folder: Path) -> None:
         assert (alone, single.extra) == (text, final.extra)
 
 
+def test_as_many_windows_are_computed_together_as_asked(folder: Path) -> None:
+    model = load(ModelConfig(model=str(folder), dtype="float32", device="cpu"), "generate", silent)
+    sizes: list[int] = []
+    model.net.register_forward_hook(lambda net, args, out: sizes.append(len(out.start_logits)))
+    for rows in (None, 2):
+        list(ExtractEngine(model, 1, rows).stream([Request(0, 0, None, None, 0, (QUESTION, CONTEXTS[2]))]))
+    assert sizes[0] > 2
+    assert sizes[1:] == [2] * (sizes[0] // 2) + [1] * (sizes[0] % 2)
+
+
 def test_no_answer(silent_folder: Path) -> None:
     expected, null = spans(silent_folder, QUESTION, TEXT[1])
     assert null > expected[0][0]

@@ -167,6 +167,13 @@ def test_a_prompt_that_is_cut_says_so(run: Run, side: str) -> None:
     assert cut["prompt"] == "A" + "@" * 200 + "B"
 
 
+def test_what_a_task_puts_into_messages_is_not_cut(run: Run) -> None:
+    """F63: no option is taken and then left undone."""
+    done = run("--task", "summarize", "--truncate", "left", "--no-stdin", "@" * 200)
+    said = b"textgen: error: [E-CONFLICT] --truncate: would cut a conversation's control tokens\n"
+    assert done == Done(2, b"", said)
+
+
 def test_resuming_counts_records_and_not_ids(run: Run, tmp_path: Path) -> None:
     """F49: ten records with one id are ten results, also over two runs."""
     (tmp_path / "in.jsonl").write_bytes(b"".join(b'{"id": 1, "prompt": "%d"}\n' % at for at in range(10)))

@@ -416,6 +416,34 @@ def test_a_read_only_disk(forked: Program, job: list[str], tmp_path: Path) -> No
         assert left(disk) == []
 
 
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS, errno.EPERM], ids=errno.errorcode.get)
+def test_a_folder_that_takes_no_file(shimmed: Program, folder: Path, error: int) -> None:
+    """F25: as above, where nothing can be mounted."""
+    out = str(folder / "out.jsonl")
+    args = ("generate", "-m", "./absent", *FILES)
+    done = shimmed(folder, *args, FAULT=f"open:0:{error}", FAULT_FILE=out)
+    words = os.strerror(error)
+    said = f"textgen: error: [E-WRITE] out.jsonl: {words[:1].lower()}{words[1:]}\n"
+    assert done == Done(8, b"", said.encode())
+    assert left(folder) == []
+
+
+@pytest.mark.parametrize("name", ["", "out.jsonl", "out.jsonl.partial", "out.jsonl.state"])
+def test_what_is_immutable(forked: Program, folder: Path, name: str) -> None:
+    """F25: the folder, or what an earlier run left in it; nothing is computed that could not be kept."""
+    if name:
+        (folder / name).touch()
+    need("chattr", "-f", "+i", str(folder / name))
+    try:
+        done = forked(folder, "generate", "-m", "./absent", *FILES, "--restart")
+    finally:
+        subprocess.run(["chattr", "-i", str(folder / name)], check=True)
+    said = rb"textgen: error: \[E-WRITE\] out.jsonl(.partial|.state)?: (operation not permitted|permission denied)\n"
+    assert (done.returncode, done.stdout) == (8, b"")
+    assert re.fullmatch(said, done.stderr), done.stderr
+    assert left(folder) == ([name.removeprefix("out.jsonl")] if name else [])
+
+
 def test_a_limit_on_file_sizes(forked: Program, folder: Path, job: list[str], reference: bytes) -> None:
     """F26: an error, no death by SIGXFSZ."""
     done = forked.during(lambda pid: limit_files(pid, 12_000), folder, *job, *FILES)
@@ -462,11 +490,12 @@ def test_a_call_that_fails(
     finish(shimmed, folder, job, reference)
 
 
+@pytest.mark.parametrize("fault", ["short", "interrupted"])
 def test_short_writes_and_interrupted_calls(
-    shimmed: Program, folder: Path, job: list[str], reference: bytes
+    shimmed: Program, folder: Path, job: list[str], reference: bytes, fault: str
 ) -> None:
-    """F27."""
-    assert shimmed(folder, *job, *FILES, FAULT="short") == Done(0, b"", b"")
+    """F27: interrupted are open, flock, ftruncate, write, fsync, close and, on the input's side, readv."""
+    assert shimmed(folder, *job, *FILES, FAULT=fault, FAULT_FILE="/.jsonl") == Done(0, b"", b"")
     assert (folder / "out.jsonl").read_bytes() == reference
     assert left(folder) == [""]
 

@@ -69,13 +69,13 @@ def test_a_text_without_a_gap_fails_alone(folder: Any) -> None:
     assert bad.error is not None and bad.error.name == "E-NO-GAP"
 
 
-def run(warm: Shell, folder: Any, *args: str) -> str:
+def run(warm: Shell, folder: Any, *args: str, said: str = "") -> str:
     argv = [warm.program, "generate", "-m", str(folder), "--dtype", "float32", *args]
     done = subprocess.run(
         [*argv, "--no-stdin"], capture_output=True, text=True, timeout=60, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, said)
     return done.stdout
 
 
@@ -94,6 +94,8 @@ def test_from_the_command_line(warm: Shell, folder: Any) -> None:
         [entry | {"probability": pytest.approx(entry["probability"])} for entry in gap]
         for gap in final.extra["fillings"]
     ]
+    told = "textgen: warning: [W-TOP] the text has 2 gaps; --jsonl shows the fillings of each\n"
+    assert run(warm, folder, two, "--top", "3", said=told) == run(warm, folder, two)
 
 
 def test_several_gaps_give_the_best_text(folder: Any) -> None:

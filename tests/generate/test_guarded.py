@@ -13,8 +13,10 @@ from parts.pieces import Pieces, answered
 from parts.program import Program
 from parts.shell import Seat
 
-from textgen_cli.errors import SafetyError
-from textgen_cli.events import Event, Notice
+from textgen_cli.config import DecodingConfig, GenerateConfig, ModelConfig, SafetyConfig
+from textgen_cli.errors import SafetyError, UsageError
+from textgen_cli.events import Event, Notice, silent
+from textgen_cli.generate.engines import open_engine
 from textgen_cli.generate.guarded import GuardedEngine
 from textgen_cli.generate.request import Request
 from textgen_cli.text.safety import read_rules
@@ -203,3 +205,18 @@ def test_what_a_terminal_shows_of_a_server_that_streams(forked: Program, tmp_pat
     assert "你" not in shown
     # What has been written stays in what was read, so a match that was taken back would stand here.
     assert "bad w" not in shown.replace("bad wool", "")
+
+
+@pytest.mark.parametrize("architecture", ["t5", "bert", "llama"])
+def test_drawing_again_needs_a_model_that_draws(
+    small_model: Callable[..., Path], tmp_path: Path, architecture: str
+) -> None:
+    """An encoder-decoder is used greedily unless it says otherwise, and a masked model draws nothing at all."""
+    (tmp_path / "words.txt").write_text("word\n")
+    config = GenerateConfig(
+        model=ModelConfig(model=str(small_model(architecture)), dtype="float32", device="cpu"),
+        decoding=DecodingConfig(set=("temperature=0",) if architecture == "llama" else ()),
+        guarding=SafetyConfig(safety=(tmp_path / "words.txt",), on_unsafe="retry"),
+    )
+    with pytest.raises(UsageError, match="would draw the same text without sampling"):
+        open_engine(config, 0, silent)

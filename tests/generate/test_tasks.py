@@ -26,7 +26,7 @@ def folder_of(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
     made: dict[str, Path] = {}
 
     def get(name: str) -> Path:
-        if name in ("marian", "m2m"):
+        if name.startswith("marian") or name == "m2m":
             pytest.importorskip("sentencepiece")
         if name not in made:
             made[name] = small_model("t5") if name == "t5" else MAKERS[name](tmp_path_factory.mktemp(name))
@@ -76,6 +76,7 @@ CASES: list[Any] = [
     ("t5", "qa", {"question": "who?"}, {"context": TEXT[1]}, f"question: who? context: {TEXT[1]}", None, None),
     ("bart", "summarize", {}, {"text": TEXT[1]}, TEXT[1], None, None),
     ("marian", "translate", {"to": "French"}, {"text": TEXT[0]}, TEXT[0], None, None),
+    ("marian of several", "translate", {"to": "French"}, {"text": TEXT[0]}, f">>fra<< {TEXT[0]}", None, None),
     ("m2m", "translate", {"from_": "German", "to": "French"}, {"text": TEXT[0]}, TEXT[0], "de", "fr"),
     ("nllb", "translate", {"to": "French"}, {"text": TEXT[0]}, TEXT[0], "eng_Latn", "fra_Latn"),
     ("nllb", "translate", {}, {"text": TEXT[1], "from": "de", "to": "pol_Latn"}, TEXT[1], "deu_Latn", "pol_Latn"),
@@ -136,3 +137,11 @@ def test_from_the_command_line(warm: Shell, folder_of: Callable[[str], Path]) ->
     code, out, err = run("--to", "Klingon", stdin=TEXT[0])
     assert (code, out) == (2, "")
     assert "[E-LANGUAGE] --to: this model has no code for 'Klingon'" in err
+    argv[3] = str(folder_of("marian"))
+    code, out, err = run("--to", "German", stdin=TEXT[0])
+    assert (code, out) == (2, "")
+    assert "[E-LANGUAGE] --to: this model translates into French" in err
+    argv[3] = str(folder_of("bart"))
+    code, out, err = run("--to", "German", stdin=TEXT[0])
+    assert (code, len(out) > 5) == (0, True)
+    assert err.startswith("textgen: warning: [W-LANGUAGE] ") and err.count("\n") == 1

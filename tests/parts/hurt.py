@@ -15,12 +15,15 @@ PATIENCE = 60  # seconds
 IN_OPEN = 0x20  # linux/inotify.h
 
 # Fails the N-th call of one kind that concerns a file whose name holds FAULT_FILE (fsync: or its folder):
-# FAULT="call:N:errno", N = 0 means all of them. FAULT="short" lets each write take half and every third fail
-# with EINTR. Read at each call, so that a process can be hurt that was forked from a sound one.
+# FAULT="call:N:errno", N = 0 means all of them. FAULT="short" lets each write take half. FAULT="interrupted" lets
+# the first call of each kind that knows EINTR fail with it, and every other one after it. Read at each call, so that
+# a process can be hurt that was forked from a sound one.
 SHIM = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -38,11 +41,21 @@ static int concerns(const char *path, int folders) {
     return strstr(path, name) || (folders && strlen(path) == folder && !strncmp(path, file, folder));
 }
 
+static int is_turn(const char *call) {
+    static const char *kinds[16];
+    static unsigned calls[16];
+    int kind = 0;
+    while (kinds[kind] && strcmp(kinds[kind], call)) kind++;
+    kinds[kind] = call;
+    return calls[kind]++ % 2 == 0;
+}
+
 static int fails(const char *call, int fd, const char *path) {
     const char *fault = getenv("FAULT");
     char link[64], target[4096], wanted[32];
-    int number, error;
-    if (!fault || sscanf(fault, "%31[a-z]:%d:%d", wanted, &number, &error) != 3 || strcmp(wanted, call)) return 0;
+    int number, error, often = fault && !strcmp(fault, "interrupted");
+    if (!fault || (often && path && strcmp(call, "open"))) return 0;
+    if (!often && (sscanf(fault, "%31[a-z]:%d:%d", wanted, &number, &error) != 3 || strcmp(wanted, call))) return 0;
     if (!path) {
         snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
         ssize_t size = readlink(link, target, sizeof target - 1);
@@ -50,8 +63,9 @@ static int fails(const char *call, int fd, const char *path) {
         target[size] = 0;
         path = target;
     }
-    if (!concerns(path, !strcmp(call, "fsync")) || (++seen != number && number)) return 0;
-    errno = error;
+    if (!concerns(path, !strcmp(call, "fsync"))) return 0;
+    if (often ? !is_turn(call) : ++seen != number && number) return 0;
+    errno = often ? EINTR : error;
     return 1;
 }
 
@@ -59,12 +73,8 @@ static int fails(const char *call, int fd, const char *path) {
 
 ssize_t write(int fd, const void *data, size_t size) {
     NEXT(write);
-    static unsigned calls;
     const char *fault = getenv("FAULT");
-    if (fault && !strcmp(fault, "short") && fd > 2) {
-        if (++calls % 3 == 0) { errno = EINTR; return -1; }
-        return real(fd, data, size > 1 ? (size + 1) / 2 : size);
-    }
+    if (fault && !strcmp(fault, "short") && fd > 2) return real(fd, data, size > 1 ? (size + 1) / 2 : size);
     return fails("write", fd, NULL) ? -1 : real(fd, data, size);
 }
 int fsync(int fd) { NEXT(fsync); return fails("fsync", fd, NULL) ? -1 : real(fd); }
@@ -81,6 +91,14 @@ int flock(int fd, int how) {
     static int (*real)(int, int);
     if (!real) real = dlsym(RTLD_NEXT, "flock");
     return fails("flock", fd, NULL) ? -1 : real(fd, how);
+}
+int open64(const char *path, int flags, ...) {
+    NEXT(open64);
+    va_list more;
+    va_start(more, flags);
+    mode_t mode = va_arg(more, mode_t);
+    va_end(more);
+    return fails("open", 0, path) ? -1 : real(path, flags, mode);
 }
 int rename(const char *from, const char *to) { NEXT(rename); return fails("rename", 0, to) ? -1 : real(from, to); }
 int unlink(const char *path) { NEXT(unlink); return fails("unlink", 0, path) ? -1 : real(path); }

@@ -69,15 +69,17 @@ def bart(folder: Path) -> Path:
     return save(net, tokenizer, folder, decoder_start_token_id=0, eos_token_id=0, pad_token_id=0)
 
 
-def marian(folder: Path) -> Path:
+def marian(folder: Path, target: str = "fr", *tags: str) -> Path:
+    """One that translates from English into `target`, or into what a token says that stands before the text."""
     spm = sentences(folder, "source")
     shutil.copy(spm, folder / "target.spm")
-    vocab = pieces(spm, ["</s>", "<unk>"])
+    vocab = pieces(spm, ["</s>", "<unk>", *tags])
     vocab["<pad>"] = len(vocab)
     (folder / "vocab.json").write_text(json.dumps(vocab))
     tokenizer = transformers.MarianTokenizer(
-        str(folder / "source.spm"), str(folder / "target.spm"), str(folder / "vocab.json")
-    )
+        str(folder / "source.spm"), str(folder / "target.spm"), str(folder / "vocab.json"),
+        source_lang="en", target_lang=target,
+    )  # fmt: skip
     pad = vocab["<pad>"]
     config = transformers.MarianConfig(
         vocab_size=len(vocab), pad_token_id=pad, eos_token_id=0, decoder_start_token_id=pad,
@@ -139,4 +141,10 @@ def nllb(folder: Path) -> Path:
     return save(net, tokenizer, folder, decoder_start_token_id=2, eos_token_id=2, pad_token_id=1)
 
 
-MAKERS: dict[str, Callable[[Path], Path]] = {"bart": bart, "marian": marian, "m2m": m2m, "nllb": nllb}
+def _marian_of_several(folder: Path) -> Path:
+    return marian(folder, "ROMANCE", ">>fra<<", ">>es<<")
+
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "bart": bart, "marian": marian, "marian of several": _marian_of_several, "m2m": m2m, "nllb": nllb,
+}  # fmt: skip

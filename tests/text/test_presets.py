@@ -105,6 +105,31 @@ def test_a_language_without_a_code() -> None:
     assert text == "translate English to Klingon: Hi"  # words may name any language
 
 
+def test_a_marian_model_is_told_its_target_or_asked_for_its_own_pair() -> None:
+    """What it cannot be told it is not asked for: the text would be in another language and look right."""
+    tags = frozenset({">>fra<<", ">>de<<", ">>cmn_Hans<<", ">>pt_br<<"})
+    several = Reader("seq2seq", tags=tags, pair=("en", "zh"))
+
+    def text(model: Reader, record: dict[str, str], **options: str) -> str | None:
+        return prompt_for(PRESETS["translate"], model, {"text": "Hi", **record}, options).text
+
+    for word, mark in (("fr", "fra"), ("German", "de"), ("zho_Hans", "cmn_Hans"), ("pt_br", "pt_br")):
+        assert text(several, {"to": word}) == text(several, {}, to=word) == f">>{mark}<< Hi"
+    with pytest.raises(UsageError, match=r"E-LANGUAGE.*--to.*no token for 'Danish'"):
+        text(several, {}, to="da")
+    with pytest.raises(InputError, match=r"E-LANGUAGE.*from.*translates from English"):
+        text(several, {"from": "German", "to": "fr"})
+
+    one = Reader("seq2seq", pair=("de", "en"))
+    assert text(one, {}, to="English") == text(one, {"from": "deu_Latn"}, to="en") == "Hi"
+    for record, options in (({}, {"to": "French"}), ({"to": "Klingon"}, {})):
+        with pytest.raises((UsageError, InputError), match="translates into English"):
+            text(one, record, **options)
+    assert text(Reader("seq2seq", pair=("mul", "ROMANCE")), {"from": "x", "to": "y"}) == "Hi"
+    known = [m.knows_target for m in (several, one, T5, BASE, Reader("seq2seq", codes="m2m"), MARIAN)]
+    assert known == [True] * 5 + [False]
+
+
 def test_options_come_before_the_record_and_the_record_before_the_default() -> None:
     record = {"text": "Hi", "from": "German", "to": "Dutch"}
     text = prompt_for(PRESETS["translate"], T5, record, {"to": "French"}).text

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from textgen_cli.cli import explain
+from textgen_cli.cli import explain, idle
 from textgen_cli.cli.console import Output, Reporter, reporter, require_stdout
 from textgen_cli.cli.inputs import batch_argument, check_single, is_batch, lead_stdin_away, obeyed, whole_text
 from textgen_cli.cli.options import command
@@ -38,12 +38,16 @@ PromptArgument = Annotated[
 ]
 
 
-@command(GenerateConfig)
+@command(GenerateConfig, idle.refuse)
 def generate(config: GenerateConfig, prompt: PromptArgument = None) -> None:
     """Continue a text, or answer a message with --chat; many of them with -i, --jsonl, --lines or --csv."""
     require_stdout()
-    if config.decoding.logprobs is not None and not (config.batch.jsonl or config.batch.output):
-        raise UsageError("E-CONFLICT", "--logprobs", "needs JSONL output", hint="add --jsonl or -o FILE")
+    jsonl = config.batch.jsonl or config.batch.output is not None
+    shown_alone = {"--logprobs": config.decoding.logprobs is not None}
+    shown_alone["--top"] = config.prompting.top != 1 and is_batch(config.batch)
+    for option, given in shown_alone.items():
+        if given and not jsonl:
+            raise UsageError("E-CONFLICT", option, "needs JSONL output", hint="add --jsonl or -o FILE")
     explain.check(config.explaining, config.batch, config.html, single=not is_batch(config.batch))
     with reporter(config.verbose) as report:
         if is_batch(config.batch):

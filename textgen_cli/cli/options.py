@@ -110,9 +110,12 @@ def settable() -> dict[str, settings.Fields]:
     }
 
 
-def command(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    config_class: type, refuse: Callable[[Any, frozenset[str]], None] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a Typer command of a function that takes its own arguments and `config`, a `config_class`.
 
+    `refuse` is asked whether what was typed on the command line, by the names of its settings, can go together.
     A bad value is a UsageError that names the option, variable or file it came from.
     """
 
@@ -135,6 +138,8 @@ def command(config_class: type) -> Callable[[Callable[..., None]], Callable[...,
                 known = {leaf: value for leaf, value in values.items() if not OPTIONS[key(name, leaf)].typed}
                 Output().write(settings.dump(ctx, known))
                 return
+            if refuse is not None:
+                refuse(config, frozenset(n for n in values if settings.origin(ctx, n) == option_name(n)))
             body(**arguments, config=config)
 
         own = [p for p in inspect.signature(body).parameters.values() if p.name != "config"]

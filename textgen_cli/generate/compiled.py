@@ -13,7 +13,7 @@ import torch
 from textgen_cli.config import DecodingConfig, GenerateConfig, option_name
 from textgen_cli.errors import UsageError
 from textgen_cli.events import Notice, Report
-from textgen_cli.generate import sampling
+from textgen_cli.generate import judging, sampling
 from textgen_cli.generate.local import LocalEngine
 from textgen_cli.generate.rows import Row, Step, draw
 from textgen_cli.generate.sampling import Plan
@@ -118,6 +118,7 @@ def engine(config: GenerateConfig, model: "Model", report: Report) -> LocalEngin
             raise
         report(Notice(f"eager engine: {error.fact}"))
         return None
+    judging.check_draws(config, plan.sample)
     cut = config.prompting.truncate
     return LocalEngine(model, plan, batch_rows=1, truncate=cut, report=report, steps=steps)
 

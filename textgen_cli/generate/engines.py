@@ -84,7 +84,7 @@ def open_engine(
     engine = judging.guarded(config, judges, engine, report, alone=alone, continues=model.family == "causal")
     if asked is None and model.family == "seq2seq" and model.stamp is not None:
         asked = model.stamp.source_template  # what stood around every source in training
-    prompter = Prompter(config.prompting, asked, _reader(config, model), seed, count)
+    prompter = Prompter(config.prompting, asked, _reader(config, model, report), seed, count)
     return Opened(engine, prompter, lambda request: _as_seen(model, request))
 
 
@@ -132,16 +132,21 @@ def _explained(config: GenerateConfig, engine: Engine, model: "Model", report: R
     return ExplainedEngine(engine, Explainer(config.explaining, model, report), start)
 
 
-def _reader(config: GenerateConfig, model: "Model") -> Reader:
+def _reader(config: GenerateConfig, model: "Model", report: Report) -> Reader:
     """How this model is to be asked: in messages where it has a template and a chat or a task is meant."""
     chat = prompts.wants_chat(config.prompting) or config.prompting.task is not None
-    vocabulary = model.tokenizer.backend.get_vocab() if config.prompting.task == "translate" else {}
-    return reader(
+    translates, backend = config.prompting.task == "translate", model.tokenizer.backend
+    found = reader(
         _FAMILY_OF.get(model.family, "causal"),
         instruct=model.tokenizer.has_template and chat,
         model_type=str(model.net.config.model_type),
-        vocabulary=vocabulary,
+        vocabulary=backend.get_vocab() if translates else {},
+        pair=(getattr(backend, "source_lang", None), getattr(backend, "target_lang", None)),
     )
+    if translates and not found.knows_target:
+        fact = f"{model.name}: cannot be told the languages, it translates as it was trained"
+        report(Notice(fact, name="W-LANGUAGE"))
+    return found
 
 
 _FAMILY_OF: dict[str, Any] = {
@@ -156,13 +161,19 @@ def _check_chat(config: GenerateConfig, model: "Model") -> None:
     """A system message or a chat must reach the model: one without a template would never see it."""
     option = "--system" if config.prompting.system is not None else "--chat"
     wanted = config.prompting.chat or config.prompting.system is not None
-    if prompts.wants_chat(config.prompting) and config.prompting.truncate:
-        raise UsageError("E-CONFLICT", "--truncate", "would cut a conversation's control tokens")
+    in_template = model.family == "causal" and model.tokenizer.has_template
+    if prompts.wants_chat(config.prompting) or (config.prompting.task is not None and in_template):
+        _refuse_cut(config)
     if wanted and model.family != "causal":
         raise UsageError("E-FAMILY", option, f"means nothing to a {model.family} model such as {model.name}")
     if wanted and not model.tokenizer.has_template:
         hint = f"drop {option} to continue the text as it is"
         raise ModelError("E-TEMPLATE", model.name, f"has no chat template, which {option} needs", hint=hint)
+
+
+def _refuse_cut(config: GenerateConfig) -> None:
+    if config.prompting.truncate:
+        raise UsageError("E-CONFLICT", "--truncate", "would cut a conversation's control tokens")
 
 
 def _hint_chat(config: GenerateConfig, model: "Model", report: Report) -> None:
@@ -214,6 +225,7 @@ def open_local(
             hint="--logprobs K shows alternatives",
         )
     plan = sampling.plan(config.decoding, model, report)
+    judging.check_draws(config, plan.sample)
     constrainer = None
     if constraint is not None:
         grammar_refused(plan.settings.num_beams)
@@ -238,6 +250,9 @@ def talker(config: GenerateConfig, report: Report) -> "Callable[[DecodingConfig]
 
     if config.endpoint.endpoint is not None:
         return lambda decoding: guarded(_remote_talker(replace(config, decoding=decoding), report))
+    _refuse_cut(config)
+    if config.engine == "compiled":
+        raise UsageError("E-ENGINE", "--engine compiled", "does not hold a conversation")
     loaded: dict[ModelConfig, Model] = {}
 
     def reopen(decoding: DecodingConfig) -> "Talker":
@@ -320,7 +335,7 @@ def _open_extract(
         raise UsageError(
             "E-FAMILY", model.name, "answers questions about a text", hint="use --task qa --question TEXT"
         )
-    return ExtractEngine(model, config.prompting.top)
+    return ExtractEngine(model, config.prompting.top, config.batch.rows)
 
 
 def _refuse_decoding(config: GenerateConfig, model: "Model") -> None:
@@ -330,6 +345,7 @@ def _refuse_decoding(config: GenerateConfig, model: "Model") -> None:
     given = [name for name, value in chosen.items() if value != getattr(default, name)]
     given += [name for name, value in asdict(config.constraint).items() if value]
     given += ["truncate"] if config.prompting.truncate else []
+    judging.check_draws(config, draws=False)
     if given:
         option = "--" + given[0].replace("_", "-")
         raise UsageError("E-FAMILY", option, f"means nothing to a {model.family} model such as {model.name}")

@@ -25,6 +25,7 @@ class ExtractEngine:
 
     model: Model
     top: int = 1
+    batch_rows: int | None = None
 
     def stream(self, requests: Sequence[Request], done: Collection[int] = ()) -> Iterator[Chunk]:
         """Answer every request: text, and answer_start, answer_end (characters), score and null_score.
@@ -52,8 +53,9 @@ class ExtractEngine:
         encoded = self._windows(question, context)
         spans_of: dict[tuple[int, int], Answer] = {}  # two windows may hold the same span
         null = float("inf")
-        for start in range(0, len(encoded["input_ids"]), ROWS):
-            for spans, silent in self._judge(encoded, slice(start, start + ROWS)):
+        rows = self.batch_rows or ROWS
+        for start in range(0, len(encoded["input_ids"]), rows):
+            for spans, silent in self._judge(encoded, slice(start, start + rows)):
                 for span in spans:
                     known = spans_of.setdefault((span.start, span.end), span)
                     if span.score > known.score:

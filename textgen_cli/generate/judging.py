@@ -6,6 +6,7 @@ Imports nothing heavy where nothing is judged, and no torch unless there is a cl
 from typing import TYPE_CHECKING, Any
 
 from textgen_cli.config import GenerateConfig
+from textgen_cli.errors import UsageError
 from textgen_cli.events import Report, silent
 from textgen_cli.text import flow
 
@@ -23,6 +24,12 @@ def rules(config: GenerateConfig) -> "Rules | None":
     from textgen_cli.text.safety import read_rules
 
     return read_rules(config.guarding.safety)
+
+
+def check_draws(config: GenerateConfig, draws: bool) -> None:
+    """UsageError where an unsafe text is to be drawn again by what would give the same again."""
+    if config.guarding.on_unsafe == "retry" and not draws:
+        raise UsageError("E-CONFLICT", "--on-unsafe retry", "would draw the same text without sampling")
 
 
 def opened(config: GenerateConfig, report: Report) -> "Judges | None":

@@ -18,3 +18,9 @@ def as_lines(chunk: Chunk) -> Chunk:
         return chunk
     lines = (f"{entry[weight]:#.4g}\t{' '.join(entry['text'].splitlines())}" for entry in found)
     return replace(chunk, text="\n".join(lines))
+
+
+def unseen(chunk: Chunk) -> int:
+    """How many gaps a text has whose fillings `as_lines` leaves out."""
+    gaps = chunk.final.extra.get("fillings", []) if chunk.final else []
+    return len(gaps) if len(gaps) > 1 and len(gaps[0]) > 1 else 0

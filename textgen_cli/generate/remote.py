@@ -153,6 +153,7 @@ def open_remote(config: GenerateConfig, constraint: "Constraint | None", report:
     given += [name for name in ("adapter", "quantize", "locked") if getattr(config.model, name)]
     given += ["truncate"] if config.prompting.truncate else []
     given += ["top"] if config.prompting.top != 1 else []
+    given += ["engine"] if config.engine == "compiled" else []
     if given:
         raise UsageError("E-ENDPOINT-OPTION", option_name(given[0]), "cannot be asked of a server")
     return RemoteEngine(

@@ -41,6 +41,9 @@ def run(config: GenerateConfig, prompt: str, report: Report) -> Iterator[Chunk]:
             raise error
         else:
             yield ranked.as_lines(chunk)
+            if gaps := ranked.unseen(chunk):
+                fact = f"the text has {gaps} gaps; --jsonl shows the fillings of each"
+                report(Notice(fact, name="W-TOP"))
     if unsafe is not None:
         raise unsafe
 

@@ -87,7 +87,7 @@ def _checked(fd: int, path: Path) -> int:
         fact = "may not be read and written by its owner: mind the umask"
     if fact is None:
         return fd
-    os.close(fd)
+    close(fd)
     raise OutputError("E-WRITE", str(path), fact)
 
 
@@ -105,9 +105,9 @@ def open_locked(path: Path, mode: int, *, lock: bool) -> int:
             if same(fd, path):
                 return fd
         except BaseException:
-            os.close(fd)
+            close(fd)
             raise
-        os.close(fd)
+        close(fd)
 
 
 def _open_either(path: Path, mode: int) -> int:
@@ -128,6 +128,22 @@ def _flock(fd: int, path: Path) -> None:
             path.unlink()
         fact = "its file system has no locks"
         raise BusyError("E-NO-LOCKS", str(path), fact, hint="write to another one") from error
+
+
+def close(fd: int) -> None:
+    """Close a descriptor; interrupted, it is closed all the same, and what was synced stands."""
+    with suppress(InterruptedError):
+        os.close(fd)
+
+
+def check_gives_way(path: Path) -> None:
+    """OSError EPERM where a file is immutable or append-only, so that no other could take its name."""
+    try:
+        close(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
+    except OSError as error:
+        # What is merely not ours to write, a pipe or a link makes way for a rename.
+        if error.errno == errno.EPERM:
+            raise
 
 
 def there(path: Path) -> bool:
@@ -155,4 +171,4 @@ def sync_folder(path: Path) -> None:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
-        os.close(fd)
+        close(fd)

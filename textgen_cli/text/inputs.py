@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, cast
 
 from textgen_cli.errors import InputError, OutputError
 from textgen_cli.events import Notice, Report, silent
+from textgen_cli.text import disk
 from textgen_cli.text.disk import reason
 
 PIECE = 1 << 20  # bytes read at once
@@ -92,7 +93,7 @@ class _Raw(io.RawIOBase):
 
     def close(self) -> None:
         if self._owned and not self.closed:
-            os.close(self._fd)
+            disk.close(self._fd)
         super().close()
 
     def digest(self) -> str | None:

@@ -249,7 +249,7 @@ class Job:
     def _close(self, path: Path) -> None:
         fd = self._fds.pop(path, None)
         if fd is not None:
-            os.close(fd)
+            disk.close(fd)
 
     def _remove(self, path: Path) -> None:
         with self._guard(path), suppress(FileNotFoundError):
@@ -326,6 +326,9 @@ def _start(
     job.replaces = restart or bool(log.pinned.get("replaces"))
     if there and not job.replaces:
         raise UsageError("E-EXISTS", str(job.out), "stands beside unfinished work", hint="move it away")
+    if there:
+        with job._guard(job.out):
+            disk.check_gives_way(job.out)
     if not (resume or restart or (nothing and not begun)):
         hint = "use --resume, --restart or another name"
         raise UsageError("E-EXISTS", str(job.partial), "holds an unfinished job", hint=hint)

@@ -1,8 +1,10 @@
 """Languages by name and by the codes that translation models know.
 
-Sources: FLORES-200's list of languages (NLLB), and fairseq's lists for M2M100 and mBART-50.
+Sources: FLORES-200's list of languages (NLLB), fairseq's lists for M2M100 and mBART-50, and the names of Tatoeba's
+target languages as Marian's vocabularies spell them.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -149,3 +151,28 @@ def code(word: str, codes: Codes) -> str | None:
     """The code that models of this kind use; None for a language they lack."""
     found = language(word)
     return getattr(found, codes) or None if found else None
+
+
+# Languages that Marian's vocabularies call by another ISO 639-3 code than FLORES-200 does.
+_TATOEBA = {
+    "ar": "ara",
+    "az": "aze_Latn",
+    "lv": "lav",
+    "mn": "mon",
+    "ms": "zsm_Latn",
+    "ne": "nep",
+    "sq": "sqi",
+}
+_TATOEBA |= {"ps": "pus", "uz": "uzb_Latn", "zh": "cmn_Hans", "zh-Hant": "cmn_Hant"}
+
+
+def tag(word: str, tags: Collection[str]) -> str | None:
+    """The token, such as `>>fra<<` or `>>fr<<`, by which a Marian model of several targets is told one of them.
+
+    None for a language that is none of `tags`, its tokens. A code that stands among them is taken as it is.
+    """
+    found = language(word)
+    names = [word.strip()]
+    if found is not None:
+        names += [found.iso, found.flores.partition("_")[0], found.flores, _TATOEBA.get(found.iso, found.iso)]
+    return next((token for token in (f">>{name}<<" for name in names) if token in tags), None)

@@ -4,12 +4,12 @@ From a task (or a template of the user's) and the fields of a record to the prom
 It knows no model: the caller tells the family, whether it follows instructions, and its language codes.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from textgen_cli.errors import InputError, UsageError
-from textgen_cli.text.languages import Codes, code, language
+from textgen_cli.errors import InputError, TextgenError, UsageError
+from textgen_cli.text.languages import Codes, code, language, tag
 from textgen_cli.text.template import fill, template_fields, text_of
 
 Family = Literal["causal", "seq2seq", "masked", "question-answering"]
@@ -52,16 +52,44 @@ class Reader:
     instruct: bool = False  # it is to be spoken to in messages: it has a chat template, and a chat is meant
     prefixes: bool = False  # an encoder-decoder trained with task prefixes: T5 and its kin
     codes: Codes | None = None  # an encoder-decoder that is told languages by code: NLLB, M2M100, mBART-50
+    tags: frozenset[str] = frozenset()  # one that is told its target by a token before the text: Marian
+    pair: tuple[str | None, str | None] = (None, None)  # what it translates from and into, where it says so
+
+    @property
+    def knows_target(self) -> bool:
+        """Whether the language wanted reaches it, or can be compared with its own."""
+        return bool(
+            self.family != "seq2seq"
+            or self.codes
+            or self.prefixes
+            or self.tags
+            or language(self.pair[1] or "")
+        )
 
 
 PREFIXED = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers"})
 
 
-def reader(family: Family, *, instruct: bool, model_type: str, vocabulary: Container[str]) -> Reader:
-    """How a model is to be asked, from its config's model_type and its tokenizer's vocabulary."""
+def reader(
+    family: Family,
+    *,
+    instruct: bool,
+    model_type: str,
+    vocabulary: Collection[str],
+    pair: tuple[str | None, str | None] = (None, None),
+) -> Reader:
+    """How a model is to be asked, from its config's model_type, its tokenizer's vocabulary and language pair."""
     signs: dict[str, Codes] = {"eng_Latn": "flores", "__en__": "m2m", "en_XX": "mbart"}
     codes = next((kind for sign, kind in signs.items() if family == "seq2seq" and sign in vocabulary), None)
-    return Reader(family, instruct=instruct, prefixes=model_type in PREFIXED, codes=codes)
+    tags = [word for word in vocabulary if word.startswith(">>") and word.endswith("<<")]
+    return Reader(
+        family,
+        instruct=instruct,
+        prefixes=model_type in PREFIXED,
+        codes=codes,
+        tags=frozenset(tags if model_type == "marian" else ()),
+        pair=pair,
+    )
 
 
 PRESETS: dict[str, Preset] = {
@@ -150,7 +178,7 @@ def prompt_for(
             stop = tuple(fill(string, fields) for string in asked.stop)
             return Prompt(text=fill(asked.few_shot, fields), stop=stop, trim=bool(stop))
         case "seq2seq":
-            return _for_encoder(asked, model, fields, options)
+            return _for_encoder(asked, model, fields, record, options)
         case "question-answering" if asked.spans:
             return Prompt(pair=(fields["question"], fields["context"]))
         case _:
@@ -178,23 +206,49 @@ def _message(text: str, options: Mapping[str, str]) -> Prompt:
 
 
 def _for_encoder(
-    preset: Preset, model: Reader, fields: Mapping[str, str], options: Mapping[str, str]
+    preset: Preset,
+    model: Reader,
+    fields: Mapping[str, str],
+    record: Mapping[str, Any],
+    options: Mapping[str, str],
 ) -> Prompt:
     main = fields[preset.main]
-    if model.codes and preset.name == "translate":
-        source, target = (_code(fields[name], name, model.codes, options) for name in ("from", "to"))
-        return Prompt(text=main, source_code=source, target_code=target)
+    if preset.name == "translate":
+        if model.codes:
+            source, target = (_code(fields[name], name, model.codes, options) for name in ("from", "to"))
+            return Prompt(text=main, source_code=source, target_code=target)
+        into = None if model.tags else model.pair[1]
+        _check_pair((model.pair[0], into), {**record, **options}, options)
+        if model.tags:
+            mark = tag(fields["to"], model.tags)
+            if mark is None:
+                raise _no_language("to", f"this model has no token for {fields['to']!r}", options)
+            return Prompt(text=f"{mark} {main}")
     # A question must reach the model in any case; else one trained for a single task takes the bare text.
     if preset.encoder and (model.prefixes or preset.spans):
         return Prompt(text=fill(preset.encoder, fields))
     return Prompt(text=main)
 
 
+def _check_pair(
+    pair: tuple[str | None, str | None], given: Mapping[str, Any], options: Mapping[str, str]
+) -> None:
+    """E-LANGUAGE where a model of one pair of languages is asked for another, which it could not be told."""
+    for name, word, own in zip(("from", "to"), ("from", "into"), pair, strict=True):
+        known = language(own or "")
+        if known is not None and name in given and language(str(given[name])) != known:
+            raise _no_language(name, f"this model translates {word} {known.name}", options)
+
+
 def _code(word: str, name: str, codes: Codes, options: Mapping[str, str]) -> str:
     found = code(word, codes)
     if found is not None:
         return found
-    fact = f"this model has no code for {word!r}"
+    raise _no_language(name, f"this model has no code for {word!r}", options)
+
+
+def _no_language(name: str, fact: str, options: Mapping[str, str]) -> TextgenError:
+    """The command line is wrong where it names the language, else the record."""
     if name in options:
-        raise UsageError("E-LANGUAGE", f"--{name}", fact)
-    raise InputError("E-LANGUAGE", name, fact)
+        return UsageError("E-LANGUAGE", f"--{name}", fact)
+    return InputError("E-LANGUAGE", name, fact)

@@ -86,14 +86,19 @@ def compare(
     name: str, ours: Callable[[], Run], peer: Callable[[], Run], *, rounds: int, target: float
 ) -> Ratio:
     """Measure two sides in turn, after one round that only warms the caches."""
-    ours()
-    peer()
-    measured: tuple[list[Run], list[Run]] = ([], [])
-    for number in range(rounds):
-        order = ((0, ours), (1, peer)) if number % 2 == 0 else ((1, peer), (0, ours))
-        for side, run in order:
-            measured[side].append(run())
+    sides = (ours, peer)
+    in_turn(sides, 1)
+    measured = in_turn(sides, rounds)
     return Ratio(name, measured[0], measured[1], target)
+
+
+def in_turn(sides: Sequence[Callable[[], Run]], rounds: int) -> list[list[Run]]:
+    """The runs of each side; every other round goes from the last side to the first."""
+    measured: list[list[Run]] = [[] for _ in sides]
+    for number in range(rounds):
+        for side in range(len(sides))[:: -1 if number % 2 else 1]:
+            measured[side].append(sides[side]())
+    return measured
 
 
 def table(ratios: Sequence[Ratio]) -> str:

@@ -229,6 +229,8 @@ def test_figures_stand_in_a_file_line_by_line(small_model: Small, tmp_path: Path
     assert lines[0]["step"] == 0 and "eval_loss" in lines[0]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "epoch"} <= lines[1].keys()
+    seen = [line["tokens"] for line in lines]
+    assert seen[0] == 0 and seen == sorted(seen) and seen[-1] == 2 * seen[len(seen) // 2]
 
 
 def test_accumulated_batches_weigh_as_much_as_one(small_model: Small, tmp_path: Path) -> None:

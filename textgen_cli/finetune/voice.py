@@ -27,6 +27,9 @@ class Voice(TrainerCallback):
         self.began = time.monotonic()
         self.tokens = (0, self.began)  # seen, when
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.tokens = state.num_input_tokens_seen, time.monotonic()  # what went before is no part of the rate
+
     def on_epoch_begin(
         self, args: Any, state: TrainerState, control: Any, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
@@ -89,7 +92,7 @@ class Voice(TrainerCallback):
             if not name.startswith("train_") and name not in _UNTOLD
         }
         if self.stop.group.leads:
-            told.log(self.store.folder, state.global_step, kept)
+            told.log(self.store.folder, state.global_step, kept | {"tokens": seen})
         self.report(Measured(state.global_step, kept))
 
 

@@ -1,5 +1,6 @@
 """The commands of README.md and docs/guide.md, run as they stand; the first one with the installed program itself."""
 
+import json
 import re
 import subprocess
 import sysconfig
@@ -22,14 +23,15 @@ def run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return bash(script, folder, sysconfig.get_path("scripts"))
 
 
-SEED_EXAMPLE = "--num-return-sequences 5"  # has a test of its own
+# These have tests of their own.
+SEED_EXAMPLE, JUDGE_EXAMPLE = "--num-return-sequences 5", "-o judge"
 
 
 EXAMPLES = [
     pytest.param(script, id=f"{name}-{number}")
     for name in ("README.md", "docs/guide.md")
     for number, (mark, script) in enumerate(blocks(name), 1)
-    if mark is None and SEED_EXAMPLE not in script
+    if mark is None and SEED_EXAMPLE not in script and JUDGE_EXAMPLE not in script
 ]
 
 
@@ -65,6 +67,19 @@ def test_five_sequences_differ(tmp_path: Path) -> None:
     done = run(script, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(set(filter(None, done.stdout.split("\n")))) >= 5
+
+
+@pytest.mark.slow
+def test_a_judge_is_trained_and_judges(warm: Shell, tmp_path: Path) -> None:
+    script = next(script for _, script in blocks("docs/guide.md") if JUDGE_EXAMPLE in script)
+    done = warm(script, tmp_path)
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (0, 1, "")  # the folder of the judge
+    insult, thanks = map(json.loads, (tmp_path / "judged.jsonl").read_text(encoding="utf-8").splitlines())
+    told = [match for match in insult["safety"]["matches"] if match["where"] == "prompt"]
+    assert {(match["model"], match["label"]) for match in told} == {("./judge", "insult")}
+    assert all(match["probability"] >= 0.8 for match in told)
+    assert thanks["safety"]["probabilities"]["prompt"]["insult"] < 0.2
+    assert not [match for match in thanks["safety"]["matches"] if match["where"] == "prompt"]
 
 
 def test_every_exit_code_is_in_the_readme() -> None:

@@ -1,20 +1,19 @@
 """`--explain` as a user meets it: records, a terminal, a page in a browser, and what is refused beforehand."""
 
+import io
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from parts.browser import opened
 from parts.program import Done, Program
 from parts.shell import Seat
 
 pytestmark = pytest.mark.slow
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TEXT = "the quick brown fox jumps over the dog"
 
 
@@ -207,33 +206,36 @@ def page(run: Any, tmp_path: Path) -> Path:
     return tmp_path / "page.html"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 def test_layers_and_heads_are_chosen_in_a_browser(run: Any, page: Path, tmp_path: Path) -> None:
-    def notes(name: str) -> list[float]:
-        dom = browser("--dump-dom", f"file://{tmp_path / name}").decode()
-        return [float(value) for value in re.findall(r'data-note="[^"]* looks at [^"]*: ([\d.]+)"', dom)]
-
     found = explanation(run("score", "bert", TEXT, "--jsonl", "--explain", "attention", "--attention", "all"))
-    flat = [value for row in found["matrix"] for value in row]
-    assert notes("page.html") == pytest.approx(flat, abs=1e-3)
-    source = page.read_text(encoding="utf-8")
-    layer, head = (match.start() for match in re.finditer('<option value="1">', source))
-    for at in (head, layer):
-        source = source[:at] + source[at:].replace('<option value="1">', '<option value="1" selected>', 1)
-    (tmp_path / "chosen.html").write_text(source, encoding="utf-8")
-    chosen = [value for row in found["layers"][1][1] for value in row]
-    assert notes("chosen.html") == pytest.approx(chosen, abs=1e-3)
-    browser("--window-size=900,700", f"--screenshot={tmp_path / 'page.png'}", f"file://{page}")
-    image = pytest.importorskip("PIL.Image").open(tmp_path / "page.png").convert("RGB")
+    with opened(page, tmp_path / "browser") as seen:
+
+        def told() -> list[float]:
+            cells = "[...document.querySelectorAll('.grid td')]"
+            values: list[float] = seen.value(f"{cells}.map(cell => +cell.dataset.note.split(': ').pop())")
+            return values
+
+        def flat(matrix: list[list[float]]) -> Any:
+            return pytest.approx([value for row in matrix for value in row], abs=1e-3)
+
+        assert told() == flat(found["matrix"])
+        orange = seen.picture()
+        for number in range(2):  # layer, head
+            seen.value(f"document.querySelectorAll('select')[{number}].focus()")
+            seen.press("ArrowDown", 2)
+        assert told() == flat(found["layers"][1][1])
+        assert seen.picture() != orange
+        assert seen.value("document.getElementById('note').hidden")
+        seen.point(".grid tbody tr:nth-child(3) td:nth-child(5)")
+        row, column = found["queries"][2].strip(), found["tokens"][3].strip()
+        note = seen.value("document.getElementById('note').innerText")
+        assert re.fullmatch(rf"{re.escape(row)} looks at {re.escape(column)}: 0\.\d{{4}}", note)
+        assert float(note.split()[-1]) == pytest.approx(found["layers"][1][1][2][3], abs=1e-3)
+        assert not seen.value("document.getElementById('note').hidden")
+        assert (seen.requests, seen.complaints) == ([page.as_uri()], [])
+    image = pytest.importorskip("PIL.Image").open(io.BytesIO(orange)).convert("RGB")
     colours = image.tobytes()
-    orange = sum(red > blue + 60 for red, blue in zip(colours[::3], colours[2::3], strict=True))
-    assert orange > 2000
-
-
-def browser(*args: str) -> bytes:
-    assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *args]
-    return subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
+    assert sum(red > blue + 60 for red, blue in zip(colours[::3], colours[2::3], strict=True)) > 2000
 
 
 def test_the_page_loads_nothing(page: Path) -> None:

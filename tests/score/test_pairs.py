@@ -29,6 +29,7 @@ TEXTS = [
     ("Once upon a time there was a model", "Once upon a time there was a small model"),
     ("words stand beside numbers", "numbers stand beside words"),
     ("the same", "the same"),
+    ("the lazy quick dog", "the quick lazy dog"),  # which of the two words has moved?
 ]
 
 
@@ -111,13 +112,10 @@ def test_masked_models_by_what_both_texts_have(small_model: Callable[..., Path])
     backend: Any = model.tokenizer.backend
     for number, found in compared(folder).items():
         both = [backend(text)["input_ids"] for text in TEXTS[number]]
-        for ids, other, ours in zip(both, both[::-1], found["pseudo_log_likelihoods"], strict=True):
-            same = [
-                op
-                for op in SequenceMatcher(None, ids, other, autojunk=False).get_opcodes()
-                if op[0] == "equal"
-            ]
-            places = [place for _, start, end, *_ in same for place in range(start, end)]
+        codes = SequenceMatcher(None, *both, autojunk=False).get_opcodes()
+        same = [(spans[0:2], spans[2:4]) for kind, *spans in codes if kind == "equal"]
+        for side, (ids, ours) in enumerate(zip(both, found["pseudo_log_likelihoods"], strict=True)):
+            places = [place for spans in same for place in range(*spans[side])]
             total = 0.0
             for place in places:
                 if ids[place] in backend.all_special_ids and ids[place] != backend.unk_token_id:
@@ -128,6 +126,14 @@ def test_masked_models_by_what_both_texts_have(small_model: Callable[..., Path])
                     logs = model.net(input_ids=torch.tensor([masked])).logits.double().log_softmax(-1)
                 total += float(logs[0, place, ids[place]])
             assert ours == pytest.approx(total, rel=1e-4)
+
+
+def test_a_masked_model_cannot_compare_texts_without_a_common_token(small_model: Callable[..., Path]) -> None:
+    config = ScoreConfig(ModelConfig(model=str(small_model("bert"))), ScoringConfig(pairs=True))
+    asked = [Asked(number, "", pair=Pair(*texts)) for number, texts in enumerate([("fox", "dog"), TEXTS[0]])]
+    found = dict(open_scorer(config, silent).score(asked))
+    assert isinstance(found[0], InputError) and found[0].code == "E-PAIRS"
+    assert isinstance(found[1], dict)
 
 
 def test_pairs_that_stand_already_are_not_told_again(small_model: Callable[..., Path]) -> None:

@@ -5,12 +5,16 @@ import hashlib
 import re
 import time
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from parts.browser import opened
 
 from textgen_cli.text import page
+from textgen_cli.text.explained import Grid
 from textgen_cli.text.heat import Scale, surprisal
 from textgen_cli.text.sanitize import visible
 
@@ -180,3 +184,27 @@ def test_a_text_without_line_ends_is_parted_too() -> None:
     block = page.heat_map([("word ", 3.0)] * 10_000, NATS, [""] * 10_000)
     assert block.count('<div dir="auto">') == 4
     assert Document(block).text == "word " * 10_000
+
+
+def test_a_reader_with_a_narrow_window_sees_all(tmp_path: Path) -> None:
+    signed = Scale("integrated gradients", "", 3.1, signed=True)
+    names = [f"token{number}" for number in range(40)]
+    row: list[Any] = [0.5] * 40
+    blocks = [
+        page.paragraph("all weights, from bert at " + "0" * 64),
+        page.heat_map([("fine", 1.0), ("bad", -2.0)], signed, ["", "bad -2"]),
+        page.grid(Grid(["target"], names, [row], [names], signed)),
+        page.figures({"sha256": "0" * 64}),
+    ]
+    path = tmp_path / "page.html"
+    path.write_text(page.page("Why", blocks), encoding="utf-8")
+    with opened(path, tmp_path / "browser", width=360, dark=True) as seen:
+        assert seen.value("document.documentElement.scrollWidth") == 360
+        name = seen.value("document.querySelector('.grid tbody th').getBoundingClientRect().x")
+        seen.point(".grid td:last-child")
+        assert seen.value("document.getElementById('note').innerText") == "token39"
+        assert seen.value("document.querySelector('.grid tbody th').getBoundingClientRect().x") == name
+        dark = seen.value("getComputedStyle(document.body).backgroundColor")
+        seen.look(360)
+        assert seen.value("getComputedStyle(document.body).backgroundColor") != dark
+        assert seen.complaints == []

@@ -86,10 +86,17 @@ class MaskedScorer:
 
     def _common(self, asked: Asked, text: Encoded) -> Encoded:
         """Of a pair only the places whose tokens the other text has too: what differs is not what is judged."""
-        if asked.rival is None:
+        if asked.pair is None:
             return text
-        places = shared(text.ids, self.encode(replace(asked, text=asked.rival)).ids)
-        return replace(text, places=[place for place in text.places if place in places])
+        first, second = (
+            self.encode(replace(asked, text=one)).ids for one in (asked.pair.first, asked.pair.second)
+        )
+        in_first, in_second = shared(first, second)
+        both = in_first if asked.text == asked.pair.first else in_second
+        places = [place for place in text.places if place in both]
+        if not places:
+            raise InputError("E-PAIRS", "pair", "its texts have no token in common")
+        return replace(text, places=places)
 
     # --- text to masked copies
 

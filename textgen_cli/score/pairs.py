@@ -86,10 +86,16 @@ LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Pair | None]] = {
 }
 
 
-def shared(ids: Sequence[int], other: Sequence[int]) -> set[int]:
-    """Places of `ids` whose tokens stand in both sequences, by the longest matching blocks (Nangia et al. 2020)."""
-    blocks = difflib.SequenceMatcher(None, ids, other, autojunk=False).get_matching_blocks()
-    return {place for block in blocks for place in range(block.a, block.a + block.size)}
+def shared(first: Sequence[int], second: Sequence[int]) -> tuple[set[int], set[int]]:
+    """Places in each whose tokens stand in both, by the longest matching blocks (Nangia et al. 2020).
+
+    Where words change places, which of them count as moved depends on the order of the two; so both are told at once.
+    """
+    blocks = difflib.SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
+    return (
+        {place for block in blocks for place in range(block.a, block.a + block.size)},
+        {place for block in blocks for place in range(block.b, block.b + block.size)},
+    )
 
 
 @dataclass(frozen=True)
@@ -107,8 +113,7 @@ class PairScorer:
         for one in asked:
             assert one.pair is not None
             for side, text in enumerate((one.pair.first, one.pair.second)):
-                rival = one.pair.second if side == 0 else one.pair.first
-                single.append(replace(one, index=2 * one.index + side, text=text, pair=None, rival=rival))
+                single.append(replace(one, index=2 * one.index + side, text=text))
         known: dict[int, Figures | TextgenError] = {}
         finished = {2 * index + side for index in done for side in (0, 1)}
         for number, found in self.scorer.score(single, finished):

@@ -24,8 +24,7 @@ class Asked:
     context: str | None = None  # what stands before it and is not scored; an encoder-decoder's source
     choices: tuple[str, ...] | None = None  # continuations to choose from, in place of a text
     gold: Any = None  # the right answer; None: not known
-    pair: "Pair | None" = None  # two texts to compare; then `text` is ""
-    rival: str | None = None  # the other text of a pair: masked models judge what both have
+    pair: "Pair | None" = None  # two texts to compare; `text` is "" until it is one of them
 
 
 class Scorer(Protocol):

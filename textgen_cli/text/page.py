@@ -35,14 +35,14 @@ body{margin:0 auto;padding:2.5rem 1.25rem 5rem;max-width:56rem;background:var(--
 font:1rem/1.5 system-ui,sans-serif}
 h1{font-size:1.4rem;font-weight:600;margin:0 0 1.5rem;overflow-wrap:anywhere}
 h2{font-size:1rem;font-weight:600;margin:2.5rem 0 .75rem;overflow-wrap:anywhere}
-p{color:var(--soft);margin:.5rem 0}
+p{color:var(--soft);margin:.5rem 0;overflow-wrap:anywhere}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.9;margin:1rem 0 1.5rem}
 .text div{unicode-bidi:plaintext;content-visibility:auto;contain-intrinsic-size:auto 60rem}
 .text span{border-radius:.2em;padding:.12em 0}
 .text span:hover{outline:1.5px solid var(--soft)}
 .break::before{content:"↵";opacity:.55}
-.legend{display:flex;align-items:center;gap:.6rem;font-size:.85rem;color:var(--soft)}
-.legend i{display:inline-block;width:1rem;height:.8rem}
+.legend{display:flex;flex-wrap:wrap;align-items:center;gap:.2rem .6rem;font-size:.85rem;color:var(--soft)}
+.legend i{display:inline-block;width:min(1rem,3vw);height:.8rem}
 .legend span{display:flex}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 .wide{overflow-x:auto}
@@ -53,13 +53,15 @@ th{font-weight:400;color:var(--soft)}
 thead th{overflow-wrap:normal}
 thead+tbody td[dir]{min-width:6.5rem}
 .number{white-space:nowrap}
-.grid{font-size:.8rem}
-.grid td,.grid th{padding:.15rem .35rem;border:1px solid var(--page);white-space:pre;max-width:9rem;overflow:hidden;
-text-overflow:ellipsis}
+.grid{font-size:.8rem;border-collapse:separate;border-spacing:0}
+.grid td,.grid th{padding:.15rem .35rem;border:solid var(--page);border-width:0 1px 1px 0;
+white-space:pre;max-width:9rem;overflow:hidden;text-overflow:ellipsis}
 .grid tbody td{min-width:1.4rem}
+.grid tbody th{position:sticky;left:0;background:var(--page)}
 .grid thead th{writing-mode:vertical-rl;transform:rotate(180deg);vertical-align:top;max-width:none;max-height:9rem}
 .grid td:hover{outline:1.5px solid var(--soft)}
 .wide+.legend,.attention+.legend{margin:.5rem 0 2rem}
+.legend+.wide,.legend+.attention{margin-top:1.5rem}
 .choice{display:flex;gap:1.25rem;margin:.5rem 0;font-size:.9rem;color:var(--soft)}
 select{font:inherit}
 .confusion td,.confusion th{padding:.3rem .8rem}

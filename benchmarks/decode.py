@@ -65,10 +65,11 @@ print(json.dumps([total / math.log(2) / size for total in sums]))
 
 def run(quick: bool, only: str | None = None) -> Iterator[list[Ratio]]:
     """Rates, the cold start, and what int8 costs in bits per byte."""
+    steps = peers.chosen(ROWS, only)
     made_ready()
     with tempfile.TemporaryDirectory() as scratch:
         parts = generate.Parts(Path(scratch))
-        for step in peers.chosen(ROWS, only):
+        for step in steps:
             yield step(parts, quick)
 
 

@@ -169,7 +169,6 @@ def _unigram(data: Examples, folder: Path) -> float:
 # --- speed and memory
 
 STEPS = 6
-SHAPE = ("--max-length", "256", "--batch-size", "2", "--max-steps", str(STEPS), "--valid-share", "0")
 # The library's causal example, as its README has it: every weight learns, in float32, by AdamW, with blocks of one
 # length that are cut out of the whole text.
 STOCK = """
@@ -217,15 +216,13 @@ def speed(parts: Parts, quick: bool) -> list[Ratio]:
     folder = parts.scratch / "speed"
     folder.mkdir()
     plays = examples.plays(folder).train
+    shape = ("--max-length", "256", "--batch-size", "2", "--max-steps", str(STEPS), "--valid-share", "0")
+    lora = _ours(parts, "default", plays, *shape, "--lora", "16", *HALF.split())
     stock = _peer(STOCK, parts.model("default"), plays, 256, 2, STEPS, folder / "stock")
     causal = compare(
-        "LoRA, bfloat16 / the stock example, float32",
-        lora(parts, plays),
-        stock,
-        rounds=rounds,
-        target=1 / 1.3,
+        "LoRA, bfloat16 / the stock example, float32", lora, stock, rounds=rounds, target=1 / 1.3
     )
-    full = _ours(parts, "default", plays, *SHAPE)()
+    full = _ours(parts, "default", plays, *shape)()
     memory = [
         [replace(run, seconds=float(run.peak)) for run in side] for side in (causal.ours, [full] * rounds)
     ]
@@ -248,11 +245,6 @@ def speed(parts: Parts, quick: bool) -> list[Ratio]:
         compare("mixed lengths / padded to 256", _ours(parts, "bert", mixed, *options), padded, rounds=rounds,
                 target=1 / 1.5),
     ]  # fmt: skip
-
-
-def lora(parts: Parts, train: Path) -> Callable[[], Run]:
-    """An adapter of the default model, in blocks of 256 tokens and two rows a step."""
-    return _ours(parts, "default", train, *SHAPE, "--lora", "16", *HALF.split())
 
 
 def _ours(parts: Parts, base: str, train: Path, *options: str) -> Callable[[], Run]:

@@ -1,6 +1,6 @@
 """How far speed is from what this machine can do at most, on the CPU or on a CUDA device, in bfloat16.
 
-Decoding can be no faster than its weights are read, a prompt and a training no faster than their operations are done.
+Decoding can be no faster than its weights are read, a prompt no faster than its operations are done.
 Both rates are measured here, with nothing around them; the figures are time over the least time, all of them printed.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decode, finetune, generate, peers
+from benchmarks import decode, generate, peers
 from benchmarks.runner import Ratio, Run
 
 CONTEXT = 4 + 128 // 2  # tokens behind which one more is generated, on average
@@ -53,7 +53,7 @@ def decoding(parts: generate.Parts, rounds: int) -> Ratio:
 
     network, placement = _network()
     rate = bandwidth(placement)
-    size = cost.token_bytes(network, _work("generate", CONTEXT))
+    size = cost.token_bytes(network, _work(CONTEXT))
     print(f"{placement.device}: reads {rate / 1e9:,.0f} GB/s, {size / 1e6:,.0f} MB a token")
     ours = parts.ours(parts.work("one", ["Once upon a time"], 128))
     return _against(f"one stream, bfloat16, {placement.device} / its bytes", ours, size / rate, rounds)
@@ -67,7 +67,7 @@ def compiled(parts: generate.Parts, rounds: int) -> Ratio:
     network, _ = _network()
     rate = bandwidth(device.place(ModelConfig(device="cpu", dtype="bfloat16"), "generate"))
     # A byte for each number of the matrices; that a head and its table are two there is memory, and not read.
-    size = cost.token_bytes(network, _work("generate", CONTEXT)) - network.weights.matrices
+    size = cost.token_bytes(network, _work(CONTEXT)) - network.weights.matrices
     print(f"cpu: reads {rate / 1e9:,.0f} GB/s, {size / 1e6:,.0f} MB a token")
     decode.made_ready()
     ours = decode.ours(parts.work("one", ["Once upon a time"], 128), "int8", "bfloat16")
@@ -81,7 +81,7 @@ def prompt(parts: generate.Parts, rounds: int) -> Ratio:
     network, placement = _network()
     rate = matrix_rate(placement)
     tokens = generate.PROMPT_TOKENS
-    count = cost.operations(network, _work("generate", tokens))["flops"]
+    count = cost.operations(network, _work(tokens))["flops"]
     count -= 2 * (tokens - 1) * network.vocabulary * network.sizes.hidden
     print(f"{placement.device}: {rate / 1e9:,.0f} GFLOP/s, {count / 1e9:,.0f} GFLOP a prompt")
     ours = parts.ours(parts.long_prompt())
@@ -90,27 +90,10 @@ def prompt(parts: generate.Parts, rounds: int) -> Ratio:
     )
 
 
-def training(parts: generate.Parts, rounds: int) -> Ratio:
-    """A token of a LoRA training, over its operations."""
-    from benchmarks import examples
-    from textgen_cli.model import cost
-
-    network, placement = _network()
-    rate = matrix_rate(placement)
-    work = _work("finetune", 256)
-    count = cost.operations(network, work)["flops"] / work.tokens
-    print(f"{placement.device}: {rate / 1e9:,.0f} GFLOP/s, {count / 1e9:,.2f} GFLOP a token")
-    plays = examples.plays(parts.scratch).train
-    ours = finetune.lora(finetune.Parts(parts.scratch), plays)
-    name = f"a token of LoRA, bfloat16, {placement.device} / its operations"
-    return _against(name, ours, count / rate, rounds)
-
-
 ROWS: dict[str, Callable[[generate.Parts, int], Ratio]] = {
     "decoding": decoding,
     "compiled": compiled,
     "prompt": prompt,
-    "training": training,
 }
 
 
@@ -131,15 +114,8 @@ def _network() -> tuple[Any, Any]:
     return network_of(inspect(config, silent)), device.place(config, "generate")
 
 
-def _work(job: Any, length: int) -> Any:
-    """A row of so many tokens; a training learns an adapter."""
+def _work(tokens: int) -> Any:
+    """A row of so many tokens."""
     from textgen_cli.model.cost import Work
 
-    learns = job == "finetune"
-    return Work(
-        job=job,
-        batch=2 if learns else 1,
-        length=length,
-        dtype="bfloat16",
-        method="lora" if learns else "full",
-    )
+    return Work(job="generate", batch=1, length=tokens, dtype="bfloat16")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decode, explain, finetune, generate, runner, score, startup, watermark
+from benchmarks import decode, explain, finetune, generate, growth, limits, runner, score, startup, watermark
 from benchmarks.runner import Ratio
 
 BENCHMARKS: dict[str, Callable[..., Iterator[list[Ratio]]]] = {
@@ -18,10 +18,13 @@ BENCHMARKS: dict[str, Callable[..., Iterator[list[Ratio]]]] = {
     "generate": generate.run,
     "decode": decode.run,
     "score": score.run,
+    "growth": growth.run,
+    "limits": limits.run,
     "explain": explain.run,
     "watermark": watermark.run,
     "finetune": finetune.run,
 }
+WITH_ROWS = {"startup", "generate", "decode", "score", "growth", "limits", "finetune"}
 RESULTS = Path(__file__).with_name("results.json")
 
 
@@ -32,21 +35,23 @@ def main() -> int:
         "names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; none: all of them"
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds; for a look, not for a figure")
-    parser.add_argument("--only", help="finetune: one row, or speed for those of speed and memory")
+    parser.add_argument("--only", metavar="ROW", help="one row of one benchmark; finetune: or speed")
     args = parser.parse_args()
     if unknown := set(args.names) - BENCHMARKS.keys():
         parser.error(f"no benchmark is called {min(unknown)}")
+    if args.only and (len(args.names) != 1 or args.names[0] not in WITH_ROWS):
+        parser.error(f"--only is for one of {', '.join(sorted(WITH_ROWS))}")
     machine = runner.machine()
     print(machine, end="\n\n", flush=True)
     met = True
     for name in args.names or BENCHMARKS:
         rows: list[dict[str, Any]] = []
-        only = [args.only] if args.only and name == "finetune" else []
+        only = [args.only] if args.only else []
         for ratios in BENCHMARKS[name](args.quick, *only):
             print(runner.table(ratios), end="\n\n", flush=True)
             met = met and all(ratio.met for ratio in ratios)
             rows += [runner.fields(ratio) for ratio in ratios]
-            _write(name, {"machine": machine, "quick": args.quick, "rows": rows})
+            _write(" ".join([name, *only]), {"machine": machine, "quick": args.quick, "rows": rows})
         print(runner.markdown(rows), end="\n\n", flush=True)
     return 0 if met else 1
 

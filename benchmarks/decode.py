@@ -1,17 +1,18 @@
 """Compiled decoding of one stream: against llama.cpp, plain transformers, and the plain script from a cold start.
 
-The compiled models are made in a cache of the benchmark's own, unless they are there. Rates are taken after loading
+The compiled models are made in the cache, unless they are there: that takes four minutes. Rates are taken after loading
 and a warm-up, in a process each; figures are seconds for a token, ours / peer.
 """
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks import generate, score, startup
+from benchmarks import generate, peers, score, startup
 from benchmarks.runner import Ratio, Run, Side, compare
 
 OURS = """
@@ -62,66 +63,71 @@ print(json.dumps([total / math.log(2) / size for total in sums]))
 """
 
 
-def run(quick: bool) -> Iterator[list[Ratio]]:
+def run(quick: bool, only: str | None = None) -> Iterator[list[Ratio]]:
     """Rates, the cold start, and what int8 costs in bits per byte."""
+    steps = peers.chosen(ROWS, only)
+    made_ready()
+    with tempfile.TemporaryDirectory() as scratch:
+        parts = generate.Parts(Path(scratch))
+        for step in steps:
+            yield step(parts, quick)
+
+
+def made_ready() -> None:
+    """Compile what is not compiled yet."""
     for options in (["--quantize", "int8", "--dtype", "bfloat16"], ["--dtype", "float32"]):
         subprocess.run(
             [startup.TEXTGEN, "download", "--compile", *options], check=True, stdout=subprocess.DEVNULL
         )
-    with tempfile.TemporaryDirectory() as scratch:
-        parts = generate.Parts(Path(scratch))
-        yield rates(parts, quick)
-        yield cold(parts.folder, quick)
-        yield quality(Path(scratch), quick)
 
 
 def rates(parts: generate.Parts, quick: bool) -> list[Ratio]:
     """128 tokens in one stream."""
     work = parts.work("one", ["Once upon a time"], 128)
     _same_text(ours(work, "", "float32")(), parts.plain(work, 1, "float32")())
-    rounds, eight = 3 if quick else 7, ours(work, "int8", "bfloat16")
+    eight, eager = ours(work, "int8", "bfloat16"), parts.ours(work, quantize="int8")
+    peers_of = {
+        "llama.cpp, the same GGUF (Q4_1)": (parts.llama_cpp(work, 1), 1.0),
+        "plain, bfloat16": (parts.plain(work, 1), 1 / 3),
+        "eager, the same (printed)": (eager, math.inf),
+    }
     return [
-        compare("compiled int8 / llama.cpp, same GGUF", eight, parts.llama_cpp(work, 1), rounds=rounds, target=1.0),
-        compare("compiled int8 / plain bfloat16", eight, parts.plain(work, 1), rounds=rounds, target=1 / 3),
-        compare("compiled int8 / eager int8 (printed)", eight, parts.ours(work, quantize="int8"),
-                rounds=rounds, target=float("inf")),
-    ]  # fmt: skip
+        compare(f"compiled, int8 and bfloat16 / {name}", eight, peer, rounds=3 if quick else 7, target=target)
+        for name, (peer, target) in peers_of.items()
+    ]
 
 
 def ours(work: str, quantize: str, dtype: str) -> Callable[[], Run]:
     """The compiled network alone, without the text and the records around it."""
-    return generate.timed([sys.executable, "-c", OURS, work, quantize, dtype])
+    return peers.timed([sys.executable, "-c", OURS, work, quantize, dtype])
 
 
-def cold(folder: str, quick: bool) -> list[Ratio]:
+def cold(parts: generate.Parts, quick: bool) -> list[Ratio]:
     """A whole one-liner of 32 tokens."""
-    argv = [
-        startup.TEXTGEN,
-        "generate",
-        startup.PROMPT,
-        "-n",
-        str(startup.TOKENS),
-        "--greedy",
-        "--engine",
-        "compiled",
-    ]
-    ours = Side("compiled one-liner", [*argv, "--quantize", "int8", "--dtype", "bfloat16"], startup.OFFLINE)
-    script = [sys.executable, "-c", startup.PLAIN, folder, startup.PROMPT, str(startup.TOKENS), "auto"]
-    peer = Side("plain script", script, startup.OFFLINE)
+    ours = startup.generate("bfloat16", "--engine", "compiled", "--quantize", "int8")
+    rounds = 3 if quick else 9
     return [
-        compare(
-            "cold one-liner, compiled int8 / plain script", ours, peer, rounds=3 if quick else 9, target=0.45
-        )
-    ]
+        compare("cold one-liner, compiled int8 / plain script, bfloat16", ours,
+                startup.script(parts.folder, "bfloat16"), rounds=rounds, target=0.45),
+        compare("cold one-liner, compiled int8 / llama.cpp, Q4_1 (printed)", ours,
+                startup.llama_cpp(parts.llama, parts.gguf), rounds=rounds, target=math.inf),
+    ]  # fmt: skip
 
 
-def quality(scratch: Path, quick: bool) -> list[Ratio]:
+def quality(parts: generate.Parts, quick: bool) -> list[Ratio]:
     """Bits per byte of compiled int8 over those of float32, on real prose; the `seconds` are bits."""
-    work = scratch / "texts.json"
-    work.write_text(json.dumps(score.prose(scratch, 100 if quick else 1500)))
+    work = parts.scratch / "texts.json"
+    work.write_text(json.dumps(score.prose(100 if quick else 1500)))
     found = Side("bits per byte", [sys.executable, "-c", BITS, str(work)])()
     ours, peer = ([Run(bits, found.peak, "")] for bits in json.loads(found.output))
     return [Ratio("bits per byte, compiled int8 / float32", ours, peer, 1.01)]
+
+
+ROWS: dict[str, Callable[[generate.Parts, bool], list[Ratio]]] = {
+    "rates": rates,
+    "cold": cold,
+    "quality": quality,
+}
 
 
 def _same_text(ours: Run, peer: Run) -> None:

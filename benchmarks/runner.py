@@ -181,7 +181,12 @@ def machine() -> str:
     cpu = next(models, platform.processor() or platform.machine())
     libraries = ("textgen-cli", "torch", "transformers", "typer", "rich")
     versions = ", ".join(f"{name} {version(name)}" for name in libraries)
-    threads = os.environ.get("OMP_NUM_THREADS", "torch's choice")
+    import torch
+
+    can = sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True)
+    matrix = ", ".join(name for name in can if "bf16" in name or name.startswith("amx")) or "no bfloat16"
+    card = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (
-        f"{cpu}, {os.cpu_count()} cores, threads: {threads}; Python {platform.python_version()}, {versions}"
+        f"{cpu} ({torch.backends.cpu.get_cpu_capability()}; {matrix}), {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads{card}; Python {platform.python_version()}, {versions}"
     )

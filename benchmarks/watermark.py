@@ -9,9 +9,7 @@ import json
 import random
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -27,8 +25,7 @@ TOPICS = ("a river", "old houses", "bread", "the moon", "a long journey", "bees"
 def run(quick: bool) -> Iterator[list[Ratio]]:
     """One line a kind of text, and two shares: watermarked texts that are missed, and others that are not."""
     count, humans = (8, 1000) if quick else (24, 2000)
-    with tempfile.TemporaryDirectory() as scratch:
-        paragraphs = [text for text in prose(Path(scratch), 20_000) if len(text) > 80][:humans]
+    paragraphs = [text for text in prose(20_000) if len(text) > 80][:humans]
     words = " ".join(paragraphs).split()
     marked, plain = _written(count, "--watermark", KEY), _written(count)
     kinds = {

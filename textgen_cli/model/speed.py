@@ -30,9 +30,9 @@ def operations(
     x = work.draw(rows, hidden)
     count = 4 * rows * hidden * inner * (3 if learns else 1)
     if learns:
-        return count / _mean(lambda: work.forth_and_back(x), placement, seconds or SECONDS)
+        return count / mean(lambda: work.forth_and_back(x), placement, seconds or SECONDS)
     with torch.inference_mode():
-        return count / _mean(lambda: work.forth(x), placement, seconds or SECONDS)
+        return count / mean(lambda: work.forth(x), placement, seconds or SECONDS)
 
 
 @torch.inference_mode()
@@ -47,7 +47,7 @@ def reading(placement: Placement, hidden: int, inner: int) -> float:
         for layer in layers:
             layer(one)
 
-    return size * len(layers) / _mean(read, placement, SECONDS)
+    return size * len(layers) / mean(read, placement, SECONDS)
 
 
 def _layer(placement: Placement, hidden: int, inner: int) -> nn.Module:
@@ -84,7 +84,7 @@ class _Part:
         x.grad = self.up.grad = self.down.grad = None
 
 
-def _mean(run: Callable[[], object], placement: Placement, seconds: float) -> float:
+def mean(run: Callable[[], object], placement: Placement, seconds: float) -> float:
     """Seconds of one run, the mean of as many as the seconds have room for, after one that is not counted."""
     run()
     _settle(placement)

@@ -137,7 +137,8 @@ def lengths(parts: Parts, quick: bool) -> list[Ratio]:
     ours = _ours(parts, Work("bert", train, tuple(shape.split()), warm, TEXTS))
     folder, out = parts.model("bert"), train.with_name("padded")
     padded = _peer(PADDED, TEXTS, folder, train, LENGTH, TEXT_BATCH, warm, out)
-    return [_ratio("mixed lengths / padded to 256", *in_turn([ours, padded], _rounds(quick)), 1 / 1.5)]
+    here, there = in_turn([ours, padded], _rounds(quick))
+    return [_ratio("mixed lengths / padded to 256", here, there, 1 / 1.5)]
 
 
 ROWS: dict[str, Callable[[Parts, bool], list[Ratio]]] = {"lora": lora, "memory": memory, "lengths": lengths}

@@ -112,7 +112,7 @@ def test_masked_models_by_what_both_texts_have(small_model: Callable[..., Path])
     backend: Any = model.tokenizer.backend
     for number, found in compared(folder).items():
         both = [backend(text)["input_ids"] for text in TEXTS[number]]
-        codes = SequenceMatcher(None, *both, autojunk=False).get_opcodes()
+        codes = SequenceMatcher(None, both[0], both[1], autojunk=False).get_opcodes()
         same = [(spans[0:2], spans[2:4]) for kind, *spans in codes if kind == "equal"]
         for side, (ids, ours) in enumerate(zip(both, found["pseudo_log_likelihoods"], strict=True)):
             places = [place for spans in same for place in range(*spans[side])]
@@ -132,7 +132,7 @@ def test_a_masked_model_cannot_compare_texts_without_a_common_token(small_model:
     config = ScoreConfig(ModelConfig(model=str(small_model("bert"))), ScoringConfig(pairs=True))
     asked = [Asked(number, "", pair=Pair(*texts)) for number, texts in enumerate([("fox", "dog"), TEXTS[0]])]
     found = dict(open_scorer(config, silent).score(asked))
-    assert isinstance(found[0], InputError) and found[0].code == "E-PAIRS"
+    assert isinstance(found[0], InputError) and found[0].name == "E-PAIRS"
     assert isinstance(found[1], dict)
 
 

@@ -73,6 +73,8 @@ def _train(config: FinetuneConfig, inputs: list[Path], report: Report) -> Path:
     if _speaks():
         resume = config.resume or config.resume_previous
         check_output((config.output or Path()).absolute(), resume=resume, restart=config.restart)
+    # Asked of torch before it is imported: large tensors in huge pages, which a step fills in less time.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with checked(config, inputs, report) as prepared:
         from textgen_cli.finetune.run import fit
 

@@ -25,7 +25,7 @@ from textgen_cli.finetune.prepared import Prepared
 from textgen_cli.finetune.tell import answerer, sample_before, tell
 from textgen_cli.finetune.train import train
 from textgen_cli.finetune.ways import Base, merged, open_base
-from textgen_cli.model import device, room
+from textgen_cli.model import device
 from textgen_cli.model.fingerprint import given, of_machine, of_model, of_program
 
 LIBRARIES = ("peft", "datasets", "accelerate", "numpy")
@@ -53,7 +53,6 @@ def _fit(
         return out
     with _store(config, out, known, group) as store:
         found = group.first(store.newest(previous=config.resume_previous) if group.leads else None)
-        room.give_back()
         base = open_base(config, prepared, report)
         length = _length(config, base)
         folder = store.folder / f".rows-{group.number}"

@@ -1,13 +1,9 @@
-"""How much memory is left here for a process of ours, and how it gives back. Asks the system, imports no library."""
+"""How much memory is left here for a process of ours. Asks the system, imports no library."""
 
 import contextlib
-import ctypes
 import os
 import re
 from pathlib import Path
-
-_MMAP_THRESHOLD = -3  # malloc.h of glibc
-_LARGE = 1 << 20  # bytes
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -50,13 +46,3 @@ def taken() -> int | None:
     with contextlib.suppress(OSError, ValueError, IndexError):
         return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return None
-
-
-def give_back() -> None:
-    """Let each freed block of a megabyte or more go back to the system at once, from now on; glibc alone is asked.
-
-    By itself glibc keeps blocks up to 32 MB once it has seen one freed, and the holes between them: a training with
-    gradient checkpointing was seen to hold three times what it uses. Another C library has its own ways.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)

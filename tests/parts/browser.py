@@ -34,6 +34,14 @@ fs.writeFileSync(to, zlib.brotliDecompressSync(fs.readFileSync(from)));
 FONTS = """<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd">
 <fontconfig><include ignore_missing="yes">/etc/fonts/fonts.conf</include><dir>{folder}/fonts</dir></fontconfig>
 """
+# The protocol's two ends have the numbers 3 and 4.
+BEGIN = """
+import fcntl, os, sys
+for number, end in enumerate([fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]], 3):
+    os.dup2(end, number)
+    os.close(end)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe")
 SECONDS = 60  # a browser that is open for longer is ended, and its test with it
 
@@ -133,8 +141,8 @@ def opened(path: Path, home: Path, **look: Any) -> Iterator[Page]:
     program, more = _program()
     reads, ours = os.pipe()
     theirs, writes = os.pipe()
-    shell = f'exec 3<&{reads} 4>&{writes}; exec "$0" "$@"'  # the protocol's two ends have these numbers
-    command = ["sh", "-c", shell, str(program), *FLAGS, f"--user-data-dir={home}", "about:blank"]
+    begun = [sys.executable, "-c", BEGIN, str(reads), str(writes)]
+    command = [*begun, str(program), *FLAGS, f"--user-data-dir={home}", "about:blank"]
     process = subprocess.Popen(
         command,
         pass_fds=(reads, writes),

@@ -278,6 +278,8 @@ UNUSABLE: dict[str, tuple[bytes | None, list[str], int, str]] = {
     "one label": (None, ["x", "--labels", "a"], 2, "[E-RANGE] --labels: must name two labels at least"),
     "a label twice": (None, ["x", "--labels", "a,b, a"], 2, "[E-RANGE] --labels: names 'a' twice"),
     "an empty label": (None, ["x", "--labels", "a,,b"], 2, "[E-RANGE] --labels: has an empty label"),
+    "tokens of lines": (None, ["--lines", "--tokens"], 2, "[E-CONFLICT] --tokens: needs JSONL output"),
+    "words of lines": (None, ["--lines", "--words"], 2, "[E-CONFLICT] --words: needs JSONL output"),
     "csv out": (None, ["--lines", "-o", "a.csv"], 2, "[E-FORMAT] "),
 }
 

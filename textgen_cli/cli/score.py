@@ -67,6 +67,10 @@ def score(config: ScoreConfig, text: TextArgument = None) -> None:
     require_stdout()
     batches = _is_batch(config)
     explain.check(config.explaining, config.batch, config.html, single=not batches)
+    lists = flow.writes_jsonl(config.batch) if batches else os.isatty(1) or config.html is not None
+    if (config.scoring.tokens or config.scoring.words) and not lists:
+        option = "--tokens" if config.scoring.tokens else "--words"
+        raise UsageError("E-CONFLICT", option, "needs JSONL output", hint="add --jsonl or -o FILE")
     with reporter(config.verbose) as report:
         if batches:
             _batch(config, text, report)
@@ -74,10 +78,6 @@ def score(config: ScoreConfig, text: TextArgument = None) -> None:
         check_single(replace(config.batch, input=None))
         if config.summary:
             raise UsageError("E-CONFLICT", "--summary", "needs records", hint="-i, --lines, --jsonl or --csv")
-        shows_lists = os.isatty(1) or config.html is not None
-        if (config.scoring.tokens or config.scoring.words) and not shows_lists:
-            option = "--tokens" if config.scoring.tokens else "--words"
-            raise UsageError("E-CONFLICT", option, "needs JSONL output", hint="add --jsonl or -o FILE")
         if config.batch.input is not None:
             whole = _whole_file(config, text)
         else:

@@ -326,9 +326,10 @@ def _start(
     job.replaces = restart or bool(log.pinned.get("replaces"))
     if there and not job.replaces:
         raise UsageError("E-EXISTS", str(job.out), "stands beside unfinished work", hint="move it away")
-    if there:
-        with job._guard(job.out):
-            disk.check_gives_way(job.out)
+    for path, stands in ((job.out, there), (job.partial, begun)):
+        if stands:
+            with job._guard(path):
+                disk.check_gives_way(path)
     if not (resume or restart or (nothing and not begun)):
         hint = "use --resume, --restart or another name"
         raise UsageError("E-EXISTS", str(job.partial), "holds an unfinished job", hint=hint)

@@ -74,11 +74,10 @@ timed(net, data, default_data_collator, int(warm), output_dir=out, per_device_tr
       num_train_epochs=2)
 """
 RANK = "16"
+LEAN = "--recompute"
 LENGTH = 256  # tokens of a row at most
-BATCH, STEPS = (
-    8,
-    3,
-)  # rows and counted steps of the causal model: the example's batch, and what `auto` takes as well
+# Rows and counted steps of the causal model: the example's batch, and what `auto` takes as well.
+BATCH, STEPS = 8, 3
 TEXTS, TEXT_BATCH = 640, 16  # of the classifier, whose second epoch counts
 NEAR = 0.02  # by so much of it the first losses of one batch differ, in bfloat16 and float32
 
@@ -99,10 +98,13 @@ def lora(parts: Parts, quick: bool) -> list[Ratio]:
     exact = _causal(parts)
     exact = replace(exact, options=(*exact.options, "--lora", RANK))
     half = replace(exact, options=(*exact.options, *HALF.split()))
-    sides = [_ours(parts, half), _ours(parts, exact), _stock(parts, exact, "0"), _stock(parts, exact, RANK)]
-    ours, ours_exact, stock, peft = in_turn(sides, _rounds(quick))
+    lean = replace(half, options=(*half.options, LEAN))
+    sides = [_ours(parts, work) for work in (half, lean, exact)]
+    sides += [_stock(parts, exact, rank) for rank in ("0", RANK)]
+    ours, ours_lean, ours_exact, stock, peft = in_turn(sides, _rounds(quick))
     return [
         _ratio("LoRA, bfloat16 / the stock example, float32", ours, stock, 1 / 1.3, same_loss=True),
+        _ratio(f"the same with {LEAN}", ours_lean, stock, 1 / 1.3, same_loss=True),
         _ratio("LoRA / the stock example, both float32", ours_exact, stock, same_loss=True),
         _ratio("LoRA, bfloat16 / LoRA by peft, float32", ours, peft, same_loss=True),
         _ratio("LoRA / LoRA by peft, both float32", ours_exact, peft, same_loss=True),
@@ -110,20 +112,25 @@ def lora(parts: Parts, quick: bool) -> list[Ratio]:
 
 
 def memory(parts: Parts, quick: bool) -> list[Ratio]:
-    """Bytes at the peak; in one dtype on both sides, and as far apart as they can be."""
+    """Bytes at the peak, of both sides by ours."""
     work = _causal(parts)
-    sides = {
-        f"{way}, {dtype}": replace(work, options=(*work.options, *options, "--dtype", dtype))
-        for way, options in (("LoRA", ("--lora", RANK)), ("all weights", ()))
-        for dtype in ("float32", "bfloat16")
+    half = ("--dtype", "bfloat16")
+    ways = {
+        "LoRA, bfloat16": ("--lora", RANK, *half),
+        f"LoRA, bfloat16, {LEAN}": ("--lora", RANK, *half, LEAN),
+        "all weights, bfloat16": half,
+        "all weights, float32": ("--dtype", "float32"),
     }
-    runs = {name: _ours(parts, side)() for name, side in sides.items()}
-    peaks = {name: [replace(run, seconds=float(run.peak))] for name, run in runs.items()}
+    peaks = {}
+    for name, options in ways.items():
+        run = _ours(parts, replace(work, options=(*work.options, *options)))()
+        peaks[name] = [replace(run, seconds=float(run.peak))]
+    ours, peers = list(ways)[:2], list(ways)[2:]
     return [
-        Ratio(f"peak memory: LoRA, {ours} / all weights, {peer}",
-              peaks[f"LoRA, {ours}"], peaks[f"all weights, {peer}"], target=0.5)
-        for ours, peer in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32"))
-    ]  # fmt: skip
+        Ratio(f"peak memory: {one} / {other}", peaks[one], peaks[other], target=0.5)
+        for one in ours
+        for other in peers
+    ]
 
 
 def lengths(parts: Parts, quick: bool) -> list[Ratio]:

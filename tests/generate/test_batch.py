@@ -347,6 +347,7 @@ SERVER = ("--endpoint", "http://127.0.0.1:1/v1")
         (["x", "--shard", "1/2"], "[E-CONFLICT] --shard: "),
         (["--lines", "--top", "2"], "[E-CONFLICT] --top: needs JSONL output"),
         (["x", "--concurrency", "2"], "[E-CONFLICT] --concurrency: needs --endpoint"),
+        (["x", "--greedy", "--top-k", "5"], "[E-CONFLICT] --top-k: means nothing to --greedy"),
         (["x", "--split-sequences"], "[E-CONFLICT] --split-sequences: needs --endpoint"),
         (["x", "--watermark-bias", "3"], "[E-CONFLICT] --watermark-bias: needs --watermark"),
         (["x", *SERVER, "--dtype", "float32"], "[E-CONFLICT] --dtype: means nothing to a server"),

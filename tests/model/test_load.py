@@ -145,3 +145,15 @@ def test_the_choice_of_device_and_dtype_is_told_with_its_reason(small_model: Any
     load(ModelConfig(model=str(small_model("gpt2")), device="cpu", dtype="float32"), "generate", told.append)
     [notice] = [event for event in told if isinstance(event, Notice)]
     assert "causal model on cpu, float32 (asked for; dtype asked for)" in notice.text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bert"])
+def test_weights_brought_to_bfloat16_are_the_librarys(small_model: Any, name: str) -> None:
+    folder = small_model(name)
+    config = ModelConfig(model=str(folder), dtype="bfloat16", device="cpu")
+    ours = load(config, "score", silent, hasten=False).net
+    theirs = type(ours).from_pretrained(folder, dtype=torch.bfloat16)
+    found, want = (dict([*net.named_parameters(), *net.named_buffers()]) for net in (ours, theirs))
+    assert found.keys() == want.keys()
+    for key, value in want.items():
+        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key

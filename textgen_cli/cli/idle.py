@@ -9,6 +9,7 @@ from textgen_cli.config import GenerateConfig, option_name
 from textgen_cli.errors import UsageError
 
 SERVER = ("concurrency", "split_sequences", "endpoint_server")
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 MACHINE = ("device", "threads", "cache_dir", "mirror")  # a classifier beside a server obeys them
 
 
@@ -28,6 +29,11 @@ def _idle(config: GenerateConfig) -> Iterator[tuple[str, str]]:
         yield from ((name, "means nothing to a server") for name in _changed(config.model, names))
         if config.batch.rows not in (None, 1):  # one at a time: what has come is written at once
             yield "batch_size", "means nothing to a server; --concurrency bounds the calls"
+    if config.decoding.greedy:
+        yield from (
+            (name, "means nothing to --greedy, which draws nothing")
+            for name in _changed(config.decoding, DRAWING)
+        )
     if config.decoding.watermark is None:
         yield from ((name, "needs --watermark") for name in _changed(config.decoding, ("watermark_bias",)))
 

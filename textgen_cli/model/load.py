@@ -7,7 +7,7 @@ fit are errors here, because the library only logs them and then writes garbage.
 import gc
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ def _network(
     if head is not None and head.family in HEADS:
         options |= head.settings | {"ignore_mismatched_sizes": True}
     try:
-        if _stays_mapped(checked, placement):
+        if _read_here(checked, placement):
             net, info = _in_memory(auto, checked, options)
         else:
             net, info = auto.from_pretrained(
@@ -216,13 +216,14 @@ def _network(
     return net
 
 
-def _stays_mapped(checked: Checked, placement: Placement) -> bool:
-    """Whether the library would compute with the file itself: on a CPU, where no weight changes its dtype."""
+def _read_here(checked: Checked, placement: Placement) -> bool:
+    """Whether weights are read one by one: on a CPU in the dtype they have, where the library would compute with the
+    file itself, and in bfloat16, where it would hold them in both dtypes at once."""
     if placement.device.type != "cpu":
         return False
     with safe_open(checked.weights[0], framework="pt") as file:
         kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 - it is no mapping
-    return _SAFETENSORS_NAMES[placement.dtype] in kinds
+    return placement.dtype == torch.bfloat16 or _SAFETENSORS_NAMES[placement.dtype] in kinds
 
 
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -234,16 +235,28 @@ def _in_memory(auto: Any, checked: Checked, options: dict[str, Any]) -> tuple[An
     shape = {name: options[name] for name in ("id2label", "label2id", "problem_type") if name in options}
     config = transformers.AutoConfig.from_pretrained(checked.folder, local_files_only=True, **shape)
     with torch.device("meta"):
-        kind = type(auto.from_config(config))
-    state: dict[str, torch.Tensor] = {}
-    for path in checked.weights:
-        with safe_open(path, framework="pt", backend="pread") as file:
-            state |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+        empty = auto.from_config(config, dtype=options["dtype"])
+    state = dict(_weights(checked, options["dtype"] if _is_of(options["dtype"], empty) else torch.float32))
     rest = {name: value for name, value in options.items() if name not in shape}
-    net, info = kind.from_pretrained(None, config=config, state_dict=state, **rest)
+    net, info = type(empty).from_pretrained(None, config=config, state_dict=state, **rest)
     if net.can_generate() and (checked.folder / "generation_config.json").is_file():
         net.generation_config = transformers.GenerationConfig.from_pretrained(checked.folder)
     return net, info
+
+
+def _weights(checked: Checked, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each weight by its name; those in float32 in this dtype."""
+    for path in checked.weights:
+        with safe_open(path, framework="pt", backend="pread") as file:
+            for key in file.keys():  # noqa: SIM118 - it is no mapping
+                weight = file.get_tensor(key)
+                yield key, weight.to(dtype) if weight.dtype == torch.float32 else weight
+
+
+def _is_of(dtype: torch.dtype, net: Any) -> bool:
+    """Whether all that a network holds in floating point is of this dtype: nothing of it stays in float32."""
+    kinds = {tensor.dtype for tensor in net.state_dict().values() if tensor.is_floating_point()}
+    return kinds == {dtype} and not net._keep_in_fp32_modules_strict
 
 
 def _adapted(net: Any, located: Located, config: ModelConfig, report: Report) -> Any:

@@ -45,7 +45,11 @@ def suits(net: Any) -> bool:
 @torch.inference_mode()
 def apply(net: Any) -> None:
     """Replace the linear layers of a network by packed ones, one at a time; an embedding table stays as it is."""
-    for path, layer in list(net.named_modules()):
-        if type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16:
-            parent, _, child = path.rpartition(".")
-            setattr(net.get_submodule(parent), child, PackedLinear(layer).eval())
+    plain = [
+        path for path, layer in net.named_modules() if type(layer) is nn.Linear
+    ]  # names: no layer is held
+    for path in plain:
+        parent, _, child = path.rpartition(".")
+        owner = net.get_submodule(parent)
+        if getattr(owner, child).weight.dtype == torch.bfloat16:
+            setattr(owner, child, PackedLinear(getattr(owner, child)).eval())

@@ -207,8 +207,23 @@ def test_a_listing_is_as_wide_as_it_needs_to_be() -> None:
         "日本     LOC   0.987654",
         "Ann\\x07  PER          –",
     ]
-    assert list(render.listing(entries, 10))[2] == "Ann\\x07  …"
     assert list(render.listing([], 80)) == []
+
+
+def test_a_listing_cuts_no_figure() -> None:
+    """What has no room beside the rest stands below, and the text gives way first."""
+    entries = [{"text": "b" * 30, "tokens": 12, "log_likelihood": -33.9168, "p": 0.25}]
+    assert list(render.listing(entries, 25)) == [
+        "text         tokens",
+        "bbbbbbbb…        12",
+        "",
+        "text       log_likelihood",
+        "bbbbbbbb…        -33.9168",
+        "",
+        "text          p",
+        "bbbbbbbb…  0.25",
+    ]
+    assert [line for line in render.listing(entries, 60) if "12" in line and "0.25" in line]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from parts.endpoint import (
 
 from textgen_cli.config import DecodingConfig
 from textgen_cli.errors import UsageError
+from textgen_cli.generate.openai_api import Answer, Asked, flaw
 from textgen_cli.generate.request import Chunk, Completion, derive_seed
 
 # What is sent.
@@ -296,3 +297,18 @@ def test_a_stop_string_never_shows_even_if_the_server_ignores_it(pieces: list[st
 def test_what_was_held_back_in_vain_comes_at_the_end() -> None:
     chunks, _ = ask(events(event("the EN"), event("", "stop"), DONE), stop=["END"])
     assert [chunk.text for chunk in chunks] == ["the ", "EN"]
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "fact"),
+    [
+        ('{"age": 3}', {"type": "object", "required": ["age"]}, None),
+        ('{"name": 3}', {"type": "object", "required": ["age"]}, "the JSON does not fit it"),
+        ('{"age": 3', {"type": "object"}, "no JSON came"),
+        ("3", {"$ref": "http://127.0.0.1:9/elsewhere.json"}, None),
+    ],
+)
+def test_json_is_held_against_the_schema(text: str, schema: dict[str, Any], fact: str | None) -> None:
+    asked = Asked("m", DecodingConfig(), json_schema=schema)
+    found = flaw(asked, Answer(text, "stop"), "server")
+    assert (found and found.fact) == (fact and f"the server ignores --json-schema: {fact}")

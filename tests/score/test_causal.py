@@ -187,6 +187,10 @@ def test_the_real_model(default_model: Path) -> None:
     for text, found in zip(asked, figures(model, asked), strict=True):
         want = own_sum(model, [model.tokenizer.backend.bos_token_id], tokens_of(model, text))
         assert found["log_likelihood"] == close(want, rel=1e-5), text
+    alone = figures(model, TEXTS, rows=1)
+    for rows in (3, 16):
+        for one, other in zip(alone, figures(model, TEXTS, rows=rows), strict=True):
+            assert one["log_likelihood"] == close(other["log_likelihood"], abs=1e-4 * one["tokens"])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", *CONFIGS])

@@ -564,6 +564,25 @@ def test_a_page_is_there_whole_or_not_at_all(run: Run, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html"]
 
 
+def test_a_page_takes_the_place_of_files_alone(forked: Program, tmp_path: Path) -> None:
+    """Not of a folder, a pipe or a link, as /dev/stdout is one; before a model is looked for."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("victim")
+    (tmp_path / "victim").write_text("mine")
+    for name, fact in (
+        ("", "is a directory"),
+        ("folder", "is a directory"),
+        ("pipe", "is not a regular file"),
+        ("link", "is not a regular file"),
+    ):
+        done = forked(tmp_path, "score", "-m", "./absent", "a b", "--html", name)
+        said = f"textgen: error: [E-WRITE] {name or '.'}: {fact}\n".encode()
+        assert done == Done(8, b"", said)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
 def on_terminal(
     forked: Program, folder: Path, *args: str, stdin: bytes | None = None, **variables: str
 ) -> tuple[int | None, str]:

@@ -21,7 +21,10 @@ MOST = 3_000_000  # attention weights of a page; with more, those of all heads a
 
 
 def check(config: ExplainConfig, batch: BatchConfig, html: Path | None, *, single: bool) -> None:
-    """UsageError where an explanation is asked for and would not be seen; `single`: of one text, not of records."""
+    """UsageError where an explanation is asked for and would not be seen; `single`: of one text, not of records.
+
+    OutputError for a page that could not take its name, before anything is computed for it.
+    """
     jsonl = batch.jsonl or batch.output is not None
     if config.explain is not None and not (jsonl or (single and (html or os.isatty(1)))):
         raise UsageError(
@@ -29,6 +32,8 @@ def check(config: ExplainConfig, batch: BatchConfig, html: Path | None, *, singl
         )
     if html is not None and not single:
         raise UsageError("E-CONFLICT", "--html", "shows one text, not records")
+    if html is not None:
+        disk.refuse_other(html)
 
 
 def for_page(config: ExplainConfig, html: Path | None) -> ExplainConfig:

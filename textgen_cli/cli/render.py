@@ -307,17 +307,44 @@ def _before_point(value: str) -> int:
 
 
 def listing(entries: Sequence[Mapping[str, Any]], width: int) -> Iterator[str]:
-    """A table of a few records alike, each column as wide as it needs to be; a line is at most `width` cells."""
+    """A table of a few records alike, each column as wide as it needs to be; a line is at most `width` cells.
+
+    Columns that have no room stand below, behind the first once more: a figure that is cut looks like another one.
+    """
     if not entries:
         return
     names = [name for name, value in entries[0].items() if not isinstance(value, list | dict)]
-    heads = [_value(name) for name in names]
-    rows = [[_value(entry.get(name)) for name in names] for entry in entries]
-    left = [any(isinstance(entry.get(name), str) for entry in entries) for name in names]
-    widths = [max(map(cell_len, column)) for column in zip(heads, *rows, strict=True)]
-    for row in [heads, *rows]:
-        cells = map(_fill, row, widths, left)
-        yield cut(GAP.join(cells), width)
+    first, *others = [_column(name, entries) for name in names]
+    widest = max((cell_len(column[0]) for column in others), default=0)
+    room = max(width - widest - len(GAP), CELL)
+    first = [cut(cell, room) for cell in first] if cell_len(first[0]) > room else first
+    first = [_fill(cell, max(map(cell_len, first)), True) for cell in first]
+    for number, band in enumerate(_bands(others, width - cell_len(first[0]))):
+        if number:
+            yield ""
+        yield from (cut(GAP.join(row), width) for row in zip(first, *band, strict=True))
+
+
+def _column(name: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Head and cells of a column, all as wide as the widest; text stands on the left."""
+    cells = [_value(name), *(_value(entry.get(name)) for entry in entries)]
+    left = any(isinstance(entry.get(name), str) for entry in entries)
+    width = max(map(cell_len, cells))
+    return [_fill(cell, width, left) for cell in cells]
+
+
+def _bands(columns: Sequence[list[str]], width: int) -> list[list[list[str]]]:
+    """The columns in groups, each with its gaps at most `width` cells, or of one column."""
+    bands: list[list[list[str]]] = [[]]
+    taken = 0
+    for column in columns:
+        wants = len(GAP) + cell_len(column[0])
+        if bands[-1] and taken + wants > width:
+            bands.append([])
+            taken = 0
+        bands[-1].append(column)
+        taken += wants
+    return bands
 
 
 # --- curves

@@ -10,6 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import UnknownType
+from jsonschema.validators import validator_for
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+
 from textgen_cli.config import BUILT_IN, DecodingConfig, option_name
 from textgen_cli.errors import UsageError
 from textgen_cli.generate.refusal import CallFailed, quoted
@@ -179,10 +185,22 @@ def flaw(asked: Asked, answer: Answer, subject: str) -> CallFailed | None:
         return CallFailed("E-ENDPOINT-IGNORED", subject, "the server ignores --logprobs")
     if asked.json_schema is not None and answer.finish_reason == "stop":
         try:
-            json.loads(answer.text)
+            value = json.loads(answer.text)
         except (ValueError, RecursionError):
             return CallFailed("E-ENDPOINT-IGNORED", subject, "the server ignores --json-schema: no JSON came")
+        if not _fits(value, asked.json_schema):
+            fact = "the server ignores --json-schema: the JSON does not fit it"
+            return CallFailed("E-ENDPOINT-IGNORED", subject, fact)
     return None
+
+
+def _fits(value: Any, schema: dict[str, Any]) -> bool:
+    """Whether a value is of a schema; nothing is fetched, and what a part elsewhere would say is left open."""
+    found = validator_for(schema, default=Draft202012Validator)(schema, registry=Registry())
+    try:
+        return bool(found.is_valid(value))
+    except (Unresolvable, UnknownType):
+        return True
 
 
 def cut_logprobs(logprobs: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]:

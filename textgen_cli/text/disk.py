@@ -46,8 +46,21 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
+def refuse_other(path: Path) -> None:
+    """OutputError E-WRITE where a file may not take this name: a folder has it, a link, a pipe or a device.
+
+    Renaming would put the file in their place, and as root in that of /dev/null.
+    """
+    with guard(path), suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode):
+            fact = "is a directory" if stat.S_ISDIR(mode) else "is not a regular file"
+            raise OutputError("E-WRITE", str(path), fact)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file that is there whole or not at all. OutputError E-WRITE where that fails."""
+    refuse_other(path)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     with guard(path):
         try:

@@ -214,8 +214,8 @@ def test_a_listing_cuts_no_figure() -> None:
     """What has no room beside the rest stands below, and the text gives way first."""
     entries = [{"text": "b" * 30, "tokens": 12, "log_likelihood": -33.9168, "p": 0.25}]
     assert list(render.listing(entries, 25)) == [
-        "text         tokens",
-        "bbbbbbbb…        12",
+        "text       tokens",
+        "bbbbbbbb…      12",
         "",
         "text       log_likelihood",
         "bbbbbbbb…        -33.9168",

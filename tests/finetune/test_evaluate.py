@@ -291,7 +291,9 @@ def test_answers_are_those_that_generate_gives(small_model: Small, tmp_path: Pat
 
 def _asked(folder: Path, row: dict[str, Any]) -> str:
     prompting = PromptConfig(task="qa", question=row["question"])
-    model = ModelConfig(model=str(folder), dtype="float32")  # as it is evaluated: bfloat16 would turn near ties
+    model = ModelConfig(
+        model=str(folder), dtype="float32"
+    )  # as it is evaluated: bfloat16 would turn near ties
     config = GenerateConfig(model=model, prompting=prompting)
     return "".join(chunk.text for chunk in generate(config, row["context"], silent))
 

@@ -45,9 +45,8 @@ def suits(net: Any) -> bool:
 @torch.inference_mode()
 def apply(net: Any) -> None:
     """Replace the linear layers of a network by packed ones, one at a time; an embedding table stays as it is."""
-    plain = [
-        path for path, layer in net.named_modules() if type(layer) is nn.Linear
-    ]  # names: no layer is held
+    # Names alone: a list of the layers would hold each until the last one is packed.
+    plain = [path for path, layer in net.named_modules() if type(layer) is nn.Linear]
     for path in plain:
         parent, _, child = path.rpartition(".")
         owner = net.get_submodule(parent)

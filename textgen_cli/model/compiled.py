@@ -1,6 +1,6 @@
 """A compiled model as it lies in the cache: where it lies, what it needs, and a network that runs it.
 
-Knows torch, safetensors and tokenizers, and no library of models: that is what makes it start at once. How it is
+Knows torch and tokenizers, and no library of models: that is what makes it start at once. How it is
 made stands in compile.py.
 """
 
@@ -16,12 +16,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from textgen_cli.config import ModelConfig
 from textgen_cli.errors import ModelError, OutOfMemory, OutputError, SafetyError
 from textgen_cli.events import Report
-from textgen_cli.model import cache, device
+from textgen_cli.model import cache, device, reading
 from textgen_cli.model.device import Placement
 from textgen_cli.model.loaded import Model
 from textgen_cli.model.plain_tokenizer import PlainTokenizer
@@ -94,7 +93,7 @@ def open_model(folder: Path, config: ModelConfig) -> Model:
         plain: Any = PlainTokenizer(folder / TOKENIZER, facts["tokenizer"])
         tokenizer = Tokenizer(plain, facts["name"])
         net = Network(folder, facts)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, MemoryError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ModelError, SafetyError, MemoryError) as error:
         if device.out_of_memory(error):
             raise OutOfMemory("E-MEMORY", folder.name, "does not fit into memory") from error
         fact = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -131,8 +130,7 @@ class Network:
     """The compiled graphs with their weights and a past that grows; it answers what is asked of any network."""
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
-        with safe_open(folder / WEIGHTS, framework="pt", backend="pread") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        tensors = dict(reading.tensors([folder / WEIGHTS], torch.float32))
         self.graphs = {
             name: _Graph(folder / f"{name}.so", facts["constants"], tensors) for name in (PROMPT, STEP)
         }

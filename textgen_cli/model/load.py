@@ -7,20 +7,20 @@ fit are errors here, because the library only logs them and then writes garbage.
 import gc
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from textgen_cli.config import ModelConfig
 from textgen_cli.errors import ModelError, OutOfMemory, UsageError
 from textgen_cli.events import Notice, Progress, Report
-from textgen_cli.model import attention, device, pack, quantize
+from textgen_cli.model import attention, device, pack, quantize, reading
 from textgen_cli.model.check import Checked, check_folder
 from textgen_cli.model.device import Placement, Purpose
 from textgen_cli.model.family import FAMILIES as FAMILIES
@@ -221,36 +221,22 @@ def _read_here(checked: Checked, placement: Placement) -> bool:
     file itself, and in bfloat16, where it would hold them in both dtypes at once."""
     if placement.device.type != "cpu":
         return False
-    with safe_open(checked.weights[0], framework="pt") as file:
-        kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 - it is no mapping
-    return placement.dtype == torch.bfloat16 or _SAFETENSORS_NAMES[placement.dtype] in kinds
-
-
-_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    return placement.dtype == torch.bfloat16 or placement.dtype in reading.dtypes(checked.weights[:1])
 
 
 def _in_memory(auto: Any, checked: Checked, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The network with its weights read and not mapped: a file that is cut or written anew while a job runs would
-    else kill it by SIGBUS, or change what it computes."""
+    """The network with its weights read and not mapped."""
     shape = {name: options[name] for name in ("id2label", "label2id", "problem_type") if name in options}
     config = transformers.AutoConfig.from_pretrained(checked.folder, local_files_only=True, **shape)
     with torch.device("meta"):
         empty = auto.from_config(config, dtype=options["dtype"])
-    state = dict(_weights(checked, options["dtype"] if _is_of(options["dtype"], empty) else torch.float32))
+    kind = options["dtype"] if _is_of(options["dtype"], empty) else torch.float32
+    state = dict(reading.tensors(checked.weights, kind))
     rest = {name: value for name, value in options.items() if name not in shape}
     net, info = type(empty).from_pretrained(None, config=config, state_dict=state, **rest)
     if net.can_generate() and (checked.folder / "generation_config.json").is_file():
         net.generation_config = transformers.GenerationConfig.from_pretrained(checked.folder)
     return net, info
-
-
-def _weights(checked: Checked, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each weight by its name; those in float32 in this dtype."""
-    for path in checked.weights:
-        with safe_open(path, framework="pt", backend="pread") as file:
-            for key in file.keys():  # noqa: SIM118 - it is no mapping
-                weight = file.get_tensor(key)
-                yield key, weight.to(dtype) if weight.dtype == torch.float32 else weight
 
 
 def _is_of(dtype: torch.dtype, net: Any) -> bool:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from textgen_cli.errors import ModelError, SafetyError
 
@@ -160,6 +160,11 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """
     with path.open("rb") as file:
         return parse_header(path.name, os.fstat(file.fileno()).st_size, file.read)
+
+
+def data_start(file: BinaryIO) -> int:
+    """Where in a safetensors file, read from its beginning, the data of the tensors begins."""
+    return 8 + int.from_bytes(file.read(8), "little")
 
 
 def parse_header(name: str, size: int, read: Callable[[int], bytes]) -> dict[str, Tensor]:

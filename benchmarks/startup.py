@@ -113,7 +113,8 @@ def cold(quick: bool) -> list[Ratio]:
         if dtype == "float32":
             same_work(ours(), peer())
         name = f"cold generate, {dtype} / plain script, {dtype}"
-        ratios.append(compare(name, ours, peer, rounds=3 if quick else 9, target=0.75))
+        target = 0.75 if dtype == "float32" else 0.6
+        ratios.append(compare(name, ours, peer, rounds=3 if quick else 9, target=target))
     return ratios
 
 

@@ -1,7 +1,8 @@
 """How memory and the time of a record grow with their number: tiny records through a tiny model, against itself.
 
 The figure of memory is bytes over bytes. The cost of a record is taken behind one whole window of records, when the
-model is loaded and warm, until the last line is written; 100,000 of them are measured without --quick alone.
+model is loaded, until the last line is written; 100,000 of them are measured without --quick alone. What a process does
+once for each shape of a batch, the code that its products are compiled to, a run in front has done.
 """
 
 import json
@@ -22,7 +23,7 @@ from textgen_cli.config import BatchConfig, DecodingConfig, GenerateConfig, Mode
 from textgen_cli.events import silent
 from textgen_cli.generate.run import run_batch
 from textgen_cli.text.flow import WINDOW
-model, path = sys.argv[1:]
+model, path, warm = sys.argv[1:]
 class Lines(io.RawIOBase):
     count, began, ended = 0, 0.0, 0.0
     def writable(self):
@@ -33,13 +34,17 @@ class Lines(io.RawIOBase):
         if before < WINDOW <= self.count:
             self.began, self.behind = self.ended, self.count
         return len(data)
-lines = Lines()
-config = GenerateConfig(
-    model=ModelConfig(model=model),
-    decoding=DecodingConfig(greedy=True, max_new_tokens=1),
-    batch=BatchConfig(input=Path(path), jsonl=True),
-)
-run_batch(config, None, lines, silent)
+def run(path):
+    lines = Lines()
+    config = GenerateConfig(
+        model=ModelConfig(model=model),
+        decoding=DecodingConfig(greedy=True, max_new_tokens=1),
+        batch=BatchConfig(input=Path(path), jsonl=True),
+    )
+    run_batch(config, None, lines, silent)
+    return lines
+run(warm)
+lines = run(path)
 print(json.dumps({"seconds": lines.ended - lines.began, "tokens": lines.count - lines.behind, "texts": []}))
 """
 WINDOW = 512  # records in front of those whose time is taken
@@ -93,8 +98,8 @@ def _whole(folder: Path, model: str, count: int) -> Run:
 
 
 def _behind_a_window(folder: Path, model: str, count: int) -> Callable[[], Run]:
-    path = _file(folder, WINDOW + count)
-    measured = peers.timed([sys.executable, "-c", OURS, model, str(path)])
+    path, warm = _file(folder, WINDOW + count), _file(folder, WINDOW + min(count, 1_000))
+    measured = peers.timed([sys.executable, "-c", OURS, model, str(path), str(warm)])
 
     def run() -> Run:
         found = measured()
@@ -110,8 +115,8 @@ def _file(folder: Path, count: int) -> Path:
     if not path.exists():
         with path.open("w") as file:
             for number in range(count):
-                prompt = "once upon a time " * (1 + number % 3)
-                file.write(json.dumps({"id": number, "prompt": prompt.strip()}) + "\n")
+                # All of one length: which lengths share a batch must not decide what a record costs.
+                file.write(json.dumps({"id": number, "prompt": "once upon a time once upon a time"}) + "\n")
     return path
 
 

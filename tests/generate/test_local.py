@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,30 @@ def test_rows_that_ended_leave_the_batch(small_model: Any) -> None:
     hook.remove()
     assert sizes[0] == 4 and sizes[-1] <= 2
     assert together == [answers(engine, [prompt])[0][0] for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "batches"),
+    [
+        (100, None, [100]),
+        (127, None, [127]),
+        (128, None, [64, 64]),
+        (140, None, [64, 64, 12]),
+        (5, 2, [2, 2, 1]),
+    ],
+)
+def test_less_than_two_batches_is_one(
+    small_model: Any, count: int, asked: int | None, batches: list[int]
+) -> None:
+    engine = replace(engine_for(small_model("gpt2"), greedy=True, max_new_tokens=1), batch_rows=asked)
+    sizes: list[int] = []
+    hook = engine.model.net.register_forward_pre_hook(
+        lambda net, args, kwargs: sizes.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    found = answers(engine, [f"{number} is a number" for number in range(count)])
+    hook.remove()
+    assert sorted(size for size in sizes if size > 1) == sorted(size for size in batches if size > 1)
+    assert all(final.completion_tokens == 1 for _, final in found)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "t5"])

@@ -170,7 +170,9 @@ class LocalEngine:
     def _batches(self, sequences: list[_Sequence], done: Collection[int]) -> Iterator[Chunk]:
         for alike in self._alike(sequences):
             sizes = [len(sequence.row.prompt) + sequence.row.room for sequence in alike]
-            for batch in batches(sizes, BATCH_TOKENS, self.batch_rows or BATCH_ROWS):
+            # What is less than two batches is one: a pass through all layers has its price however few the rows.
+            rows = BATCH_ROWS if len(sizes) >= 2 * BATCH_ROWS else len(sizes)
+            for batch in batches(sizes, BATCH_TOKENS, self.batch_rows or rows):
                 members = [alike[number] for number in batch]
                 if any(sequence.request.index not in done for sequence in members):
                     yield from self._decode(members)

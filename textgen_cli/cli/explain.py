@@ -32,6 +32,8 @@ def check(config: ExplainConfig, batch: BatchConfig, html: Path | None, *, singl
         )
     if html is not None and not single:
         raise UsageError("E-CONFLICT", "--html", "shows one text, not records")
+    if html == Path("-"):
+        raise UsageError("E-RANGE", "--html -", "is no file", hint="give it a name, such as page.html")
     if html is not None:
         disk.refuse_other(html)
 

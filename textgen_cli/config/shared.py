@@ -116,6 +116,8 @@ class BatchConfig:
             raise UsageError(
                 "E-RANGE", "--batch-size", f"must be 'auto' or at least 1, not {self.batch_size!r}"
             )
+        if self.output == Path("-"):
+            raise UsageError("E-RANGE", "-o -", "is no file", hint="results go to stdout without -o")
         if self.lines and self.csv:
             raise UsageError("E-CONFLICT", "--csv", "cannot be used with --lines")
         if self.resume and self.restart:

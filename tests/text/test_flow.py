@@ -3,14 +3,14 @@
 import io
 from collections.abc import Iterator
 
-from textgen_cli.text import flow, records
+from textgen_cli.text import flow, lines, records
 from textgen_cli.text.batch import Result
 from textgen_cli.text.records import Record
 
 
 def test_a_window_of_long_lines_ends_by_its_bytes() -> None:
     """Memory holds windows of the longest lines: 512 of them would be 8 GiB."""
-    line = b"a" * (records.LINE_LIMIT - 1) + b"\n"
+    line = b"a" * (lines.LINE_LIMIT - 1) + b"\n"
     held: list[int] = []
 
     def compute(

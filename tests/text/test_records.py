@@ -13,10 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from textgen_cli.errors import InputError
+from textgen_cli.text.forms import READERS
+from textgen_cli.text.lines import LINE_LIMIT
 from textgen_cli.text.records import (
-    DEPTH_LIMIT,
-    LINE_LIMIT,
-    READERS,
     Record,
     check_unique_ids,
     format_of,
@@ -25,6 +24,7 @@ from textgen_cli.text.records import (
     shard,
     text_field,
 )
+from textgen_cli.text.strict_json import DEPTH_LIMIT
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)

@@ -1,6 +1,6 @@
 """Rows of training data: files and standard input -> where a row stands and its fields, one at a time.
 
-Owns the formats. JSONL, CSV and lines are read by text/records.py, with all of its checks. Knows no task: whether
+Owns the formats. JSONL, CSV and lines are read by text/forms.py, with all of its checks. Knows no task: whether
 the fields of a row are good is not asked here.
 """
 
@@ -17,8 +17,9 @@ from pyarrow import parquet
 from textgen_cli.config.finetune import DataConfig
 from textgen_cli.errors import InputError
 from textgen_cli.events import Report
+from textgen_cli.text.forms import READERS
 from textgen_cli.text.inputs import open_source
-from textgen_cli.text.records import BOM, READERS, SKIP_LIMIT
+from textgen_cli.text.lines import BOM, SKIP_LIMIT
 
 STDIN = Path("-")
 PIECE = 4096  # characters of a plain text that make one row, about
@@ -75,7 +76,7 @@ def _format_of(where: Path, stream: BinaryIO, data: DataConfig) -> str:
 
 
 def _from_records(form: str) -> Callable[[BinaryIO, str], Iterator[Row]]:
-    """A format of text/records.py; plain text fills the field `text`."""
+    """A format of text/forms.py; plain text fills the field `text`."""
 
     def rows(stream: BinaryIO, name: str) -> Iterator[Row]:
         for number, _, got in READERS[form](stream, name, "text"):

@@ -41,7 +41,7 @@ class Wing:
     # Results that become ready together, in input order, behind the first `done` records.
     compute: Callable[[Iterator[Record], int, Pinned, "Meter"], Iterator[list[Result]]]
     encode: Callable[[dict[str, Any]], bytes] | None = None  # None: JSONL
-    form: str | None = None  # of the input, a key of `records.READERS`; None: what `format_of` says
+    form: str | None = None  # of the input, a key of `forms.READERS`; None: what `format_of` says
     seen: Callable[[dict[str, Any]], None] | None = (
         None  # told every output line, of a job's earlier lives too
     )
@@ -95,7 +95,7 @@ def run(
 
 
 def format_of(batching: BatchConfig) -> str:
-    """The form of the input, a key of `records.READERS`: as an option says, else as its name says."""
+    """The form of the input, a key of `forms.READERS`: as an option says, else as its name says."""
     for form in ("lines", "csv"):
         if getattr(batching, form):
             return form

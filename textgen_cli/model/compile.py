@@ -6,7 +6,6 @@ How it is found and run stands in compiled.py.
 """
 
 import contextlib
-import copy
 import json
 import os
 import shutil
@@ -24,20 +23,16 @@ from transformers.masking_utils import eager_mask
 
 from textgen_cli.config import ModelConfig
 from textgen_cli.errors import ModelError, OutOfMemory, UsageError
-from textgen_cli.events import Notice, Progress, Report
+from textgen_cli.events import Progress, Report
 from textgen_cli.model import cache, device
-from textgen_cli.model.compiled import FACTS, PROMPT, STEP, TOKENIZER, WEIGHTS, Network, folder_of, past_of
+from textgen_cli.model.compiled import FACTS, PROMPT, STEP, TOKENIZER, WEIGHTS, folder_of, past_of
 from textgen_cli.model.load import Model, load
 from textgen_cli.model.past import CACHE, is_plain
 from textgen_cli.model.plain_tokenizer import facts_of
+from textgen_cli.model.prove import prove
 from textgen_cli.model.quantize import QuantizedLinear
 
 NAME = "textgen_compiled"  # of the attention below
-PROOF_TOKENS = 24  # generated behind each prompt of the proof
-# How far logits may be off those of the same weights in float32, as a share of their own spread (one standard
-# deviation), and so what counts as a tie. In bfloat16 the network itself, not compiled, is off by 0.4.
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.05}
-PROOFS = ("Once upon a time", "The capital of France is", "1, 2, 3, 4,", "def add(a, b):\n", "a")
 
 # What the compiler and the exporter raise for a network that they cannot take.
 _REFUSALS = (
@@ -76,7 +71,7 @@ def compile_model(config: ModelConfig, report: Report) -> Path:
         if staging is not None:
             model = load(config, "generate", report, hasten=False)
             _fill(staging, model, report)
-            _prove(staging, model, report)
+            prove(staging, model, report)
     return target
 
 
@@ -347,40 +342,3 @@ def _save(constants: dict[str, torch.Tensor], path: Path) -> dict[str, str]:
     with cache.writing(path):
         save_file({name: constants[name].contiguous() for name in set(stored.values())}, path)
     return stored
-
-
-# --- the proof
-
-
-def _prove(folder: Path, model: Model, report: Report) -> None:
-    """Text behind each prompt: the compiled choice is that of the same weights in float32, or a tie with it."""
-    report(Progress("prove", model.name))
-    net, reference = Network(folder, json.loads((folder / FACTS).read_bytes())), _exact(model.net)
-    tolerance, worst = TOLERANCES[model.placement.dtype], 0.0
-    rows = net.get_input_embeddings().weight.shape[0]
-    for text in PROOFS:
-        ids = [one % rows for one in model.tokenizer.encode(text)] or [0]
-        for _ in range(
-            PROOF_TOKENS if model.context is None else min(PROOF_TOKENS, model.context - len(ids))
-        ):
-            with torch.inference_mode():
-                true = reference(input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=1).logits
-            true = true[0, -1].float()  # (V,)
-            ours, spread = net.logits(ids), float(true.std().clamp_min(1e-6))
-            off = float((ours - true).abs().amax().nan_to_num(torch.inf)) / spread
-            behind = float(true.amax() - true[ours.argmax()]) / spread
-            worst = max(worst, off, behind)
-            if worst > tolerance:
-                fact = f"compiled logits are off by {worst:.2g} of their spread, {tolerance:g} is allowed"
-                raise ModelError("E-COMPILE", model.name, fact, hint="--engine eager runs it as it is")
-            ids.append(int(true.argmax()))
-    report(Notice(f"{model.name}: compiled; logits differ by at most {worst:.2g} of their spread"))
-
-
-def _exact(net: Any) -> Any:
-    """The same weights computing in float32."""
-    exact = copy.deepcopy(net).float()
-    for layer in exact.modules():
-        if isinstance(layer, QuantizedLinear):
-            layer.way = "turned back"
-    return exact

@@ -190,6 +190,25 @@ def test_the_best_is_kept_and_not_the_last(small_model: Small, tmp_path: Path) -
     assert math.exp(nats / tokens) == pytest.approx(min(measured(events, "eval_perplexity")[1:]), rel=0.05)
 
 
+def test_of_equal_figures_the_lower_loss_is_the_best(small_model: Small, tmp_path: Path) -> None:
+    """With few held-out examples the accuracy stands still for long, while the network still learns."""
+    events: list[Event] = []
+    slow = {"epochs": 2, "learning_rate": 2e-5, "eval_steps": 4, "schedule": "constant", "patience": 1}
+    config = configured(small_model("bert"), tmp_path / "out", training=slow)
+    out = fit(config, [], prepared("text-classification"), events.append)
+    losses, right = measured(events, "eval_loss")[1:], measured(events, "eval_accuracy")[1:]
+    assert len(losses) == 3, "a lower loss is a better evaluation, so patience does not end it"
+    assert len(set(right)) == 1 and losses[-1] == min(losses)
+    net = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    found = []
+    for example in prepared("text-classification").valid:  # type: ignore[union-attr]
+        right = torch.tensor([net.config.label2id[example["label"]]])
+        with torch.no_grad():
+            found.append(float(net(**tokenizer(example["text"], return_tensors="pt"), labels=right).loss))
+    assert sum(found) / len(found) == pytest.approx(min(losses), rel=1e-3)
+
+
 def test_it_stops_when_it_gets_no_better(small_model: Small, tmp_path: Path) -> None:
     events: list[Event] = []
     wild = {"epochs": 50, "learning_rate": 0.3, "schedule": "constant", "eval_steps": 1, "patience": 2}

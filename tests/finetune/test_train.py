@@ -139,6 +139,22 @@ def test_an_encoder_decoder_from_scratch_loads_and_generates_with_the_plain_libr
     assert (model.family, model.context) == ("seq2seq", 1024)
 
 
+def test_a_base_without_settings_of_decoding_still_generates(small_model: Small, tmp_path: Path) -> None:
+    """config.json alone says then which token the decoder begins with."""
+    base = small_model("t5")
+    assert not (base / "generation_config.json").exists()
+    out = fit(configured(base, tmp_path / "out", training={"max_steps": 1}), [], prepared("seq2seq"), silent)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    net = transformers.AutoModelForSeq2SeqLM.from_pretrained(out)
+    source = tokenizer("Once upon a time", return_tensors="pt")
+    begin = net.config.decoder_start_token_id
+    assert net.generate(**source, max_new_tokens=4, do_sample=False)[0, 0] == begin == 1
+    own, kept = (
+        load(ModelConfig(model=str(folder)), "generate", silent).generation for folder in (base, out)
+    )
+    assert {k: v for k, v in kept.items() if "token" in k} == {k: v for k, v in own.items() if "token" in k}
+
+
 def measured_steps(events: list[Event]) -> int:
     return max(e.step for e in events if isinstance(e, Measured))
 

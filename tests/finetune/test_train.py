@@ -217,12 +217,12 @@ def test_of_equal_figures_the_lower_loss_is_the_best(small_model: Small, tmp_pat
     assert len(set(right)) == 1 and losses[-1] == min(losses)
     net = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    found = []
+    again = []
     for example in prepared("text-classification").valid:  # type: ignore[union-attr]
-        right = torch.tensor([net.config.label2id[example["label"]]])
+        label = torch.tensor([net.config.label2id[example["label"]]])
         with torch.no_grad():
-            found.append(float(net(**tokenizer(example["text"], return_tensors="pt"), labels=right).loss))
-    assert sum(found) / len(found) == pytest.approx(min(losses), rel=1e-3)
+            again.append(float(net(**tokenizer(example["text"], return_tensors="pt"), labels=label).loss))
+    assert sum(again) / len(again) == pytest.approx(min(losses), rel=1e-3)
 
 
 def test_it_stops_when_it_gets_no_better(small_model: Small, tmp_path: Path) -> None:

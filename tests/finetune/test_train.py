@@ -298,6 +298,7 @@ def test_batches_fit(asked: str, lengths: list[int], kind: str, rows: int) -> No
 def test_what_cannot_be_obeyed_is_said_first(small_model: Small, tmp_path: Path) -> None:
     for name, kind, settings in (
         ("E-RANGE", UsageError, {"data": {"max_length": 4096}}),
+        ("E-TRACKER", UsageError, {"training": {"report_to": "nosuch"}}),
         ("E-DTYPE", UsageError, {"base": {"dtype": "float16"}}),
         ("E-PRESET", UsageError, {"way": {"from_scratch": "huge"}}),
         ("E-TARGETS", UsageError, {"way": {"lora": 2, "lora_targets": "q_proj,nonsense"}}),

@@ -20,7 +20,7 @@ from textgen_cli.finetune.checkpoint import RESTART, STAMP, Found, Store, check_
 from textgen_cli.finetune.encode import DEFAULT_LENGTH, Encoded, encode
 from textgen_cli.finetune.evaluate import evaluation
 from textgen_cli.finetune.group import Group, joined
-from textgen_cli.finetune.plan import batch_rows
+from textgen_cli.finetune.plan import batch_rows, check_tracker
 from textgen_cli.finetune.prepared import Prepared
 from textgen_cli.finetune.tell import answerer, sample_before, tell
 from textgen_cli.finetune.train import train
@@ -43,6 +43,7 @@ def fit(config: FinetuneConfig, inputs: Sequence[Path], prepared: Prepared, repo
 def _fit(
     config: FinetuneConfig, inputs: Sequence[Path], prepared: Prepared, group: Group, report: Report
 ) -> Path:
+    check_tracker(config.training.report_to)
     out = _output(config, group)
     known = fingerprint(config, prepared, report) | {"processes": group.size}
     run_hash = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()

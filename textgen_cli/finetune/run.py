@@ -166,17 +166,20 @@ def _length(config: FinetuneConfig, base: Base) -> int:
 
 
 def fingerprint(config: FinetuneConfig, prepared: Prepared, report: Report) -> dict[str, Any]:
-    """All that decides the weights that come out, what a user changes most often first."""
+    """All that decides the weights that come out, what a user changes most often first.
+
+    The data come behind the settings that decide what is read and held out: of these it is that one is told.
+    """
     plain = replace(config.data, valid=(), check=False, skip_bad=0)
     learning = replace(config.training, keep=2, report_to="none", max_time=None)
     from_file = scratch.is_file(config.way.from_scratch)
     return {
-        "data": prepared.sha256,
         "task": prepared.task,
         "seed": config.training.seed,
         "training": given(learning),
         "way": given(config.way, files=("from_scratch",) if from_file else ()),
         "encoding": given(plain),
+        "data": prepared.sha256,
         **_of_base(config, report),
         **of_program(),
     }

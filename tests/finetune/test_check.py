@@ -118,6 +118,7 @@ def test_files_of_held_out_data_replace_the_split(tmp_path: Path, prepare: Prepa
     assert found.valid is not None and len(found.valid) == 3
     assert found.labels == ("bad", "good", "odd")
     assert notices(told, "W-LEAK") == ["1 of 3 held-out examples are among those learnt"]
+    assert notices(told, "W-LABELS") == ["labels of held-out examples alone, which cannot be learnt: odd"]
 
 
 @pytest.mark.parametrize(

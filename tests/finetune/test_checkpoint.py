@@ -252,6 +252,9 @@ def broken_off(
 CHANGES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "data": ("data was", {}, {"prepared": {"sha256": "other"}}),
     "seed": ("seed was", {"training": {"seed": 3}}, {}),
+    # These decide what is held out, so the data are others too.
+    "split seed": ("seed was", {"training": {"seed": 3}}, {"prepared": {"sha256": "other"}}),
+    "share": ("encoding.valid_share was", {"data": {"valid_share": 0.2}}, {"prepared": {"sha256": "other"}}),
     "rate": ("training.learning_rate was", {"training": {"learning_rate": 1e-4}}, {}),
     "epochs": ("training.epochs was", {"training": {"epochs": 5}}, {}),
     "batch": ("training.batch_size was", {"training": {"batch_size": "8"}}, {}),

@@ -235,3 +235,18 @@ def test_a_label_in_its_final_form(label: Any, problem: str, expected: Any) -> N
     assert type(found) is type(expected)
     if problem == "single_label_classification":
         assert name_of(label) == found
+
+
+@pytest.mark.parametrize(
+    ("cell", "kept"),
+    [
+        ('["a", "b"]', ["a", "b"]),
+        ("[]", []),
+        ("[a]", "[a]"),
+        ("a", "a"),
+    ],
+)
+def test_a_list_of_labels_in_a_cell_of_csv_is_a_list(cell: str, kept: Any) -> None:
+    binding = Binding("text-classification", {"text": "text", "label": "label"})
+    found = example(binding, {"text": "x", "label": cell})
+    assert isinstance(found, dict) and json.loads(found["label"]) == kept

@@ -139,6 +139,22 @@ def test_an_encoder_decoder_from_scratch_loads_and_generates_with_the_plain_libr
     assert (model.family, model.context) == ("seq2seq", 1024)
 
 
+def test_a_base_without_settings_of_decoding_still_generates(small_model: Small, tmp_path: Path) -> None:
+    """config.json alone says then which token the decoder begins with."""
+    base = small_model("t5")
+    assert not (base / "generation_config.json").exists()
+    out = fit(configured(base, tmp_path / "out", training={"max_steps": 1}), [], prepared("seq2seq"), silent)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    net = transformers.AutoModelForSeq2SeqLM.from_pretrained(out)
+    source = tokenizer("Once upon a time", return_tensors="pt")
+    begin = net.config.decoder_start_token_id
+    assert net.generate(**source, max_new_tokens=4, do_sample=False)[0, 0] == begin == 1
+    own, kept = (
+        load(ModelConfig(model=str(folder)), "generate", silent).generation for folder in (base, out)
+    )
+    assert {k: v for k, v in kept.items() if "token" in k} == {k: v for k, v in own.items() if "token" in k}
+
+
 def measured_steps(events: list[Event]) -> int:
     return max(e.step for e in events if isinstance(e, Measured))
 
@@ -188,6 +204,25 @@ def test_the_best_is_kept_and_not_the_last(small_model: Small, tmp_path: Path) -
             nats += float(net(ids, labels=ids).loss) * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
     assert math.exp(nats / tokens) == pytest.approx(min(measured(events, "eval_perplexity")[1:]), rel=0.05)
+
+
+def test_of_equal_figures_the_lower_loss_is_the_best(small_model: Small, tmp_path: Path) -> None:
+    """With few held-out examples the accuracy stands still for long, while the network still learns."""
+    events: list[Event] = []
+    slow = {"epochs": 2, "learning_rate": 2e-5, "eval_steps": 4, "schedule": "constant", "patience": 1}
+    config = configured(small_model("bert"), tmp_path / "out", training=slow)
+    out = fit(config, [], prepared("text-classification"), events.append)
+    losses, right = measured(events, "eval_loss")[1:], measured(events, "eval_accuracy")[1:]
+    assert len(losses) == 3, "a lower loss is a better evaluation, so patience does not end it"
+    assert len(set(right)) == 1 and losses[-1] == min(losses)
+    net = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    again = []
+    for example in prepared("text-classification").valid:  # type: ignore[union-attr]
+        label = torch.tensor([net.config.label2id[example["label"]]])
+        with torch.no_grad():
+            again.append(float(net(**tokenizer(example["text"], return_tensors="pt"), labels=label).loss))
+    assert sum(again) / len(again) == pytest.approx(min(losses), rel=1e-3)
 
 
 def test_it_stops_when_it_gets_no_better(small_model: Small, tmp_path: Path) -> None:
@@ -263,6 +298,7 @@ def test_batches_fit(asked: str, lengths: list[int], kind: str, rows: int) -> No
 def test_what_cannot_be_obeyed_is_said_first(small_model: Small, tmp_path: Path) -> None:
     for name, kind, settings in (
         ("E-RANGE", UsageError, {"data": {"max_length": 4096}}),
+        ("E-TRACKER", UsageError, {"training": {"report_to": "nosuch"}}),
         ("E-DTYPE", UsageError, {"base": {"dtype": "float16"}}),
         ("E-PRESET", UsageError, {"way": {"from_scratch": "huge"}}),
         ("E-TARGETS", UsageError, {"way": {"lora": 2, "lora_targets": "q_proj,nonsense"}}),

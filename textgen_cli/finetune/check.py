@@ -63,7 +63,7 @@ def prepare(config: FinetuneConfig, inputs: Sequence[Path], report: Report, fold
     valid = None
     if config.data.valid:
         more = rows_of(range(len(inputs), len(paths)), tally, config.data, report)
-        valid = intake.spool(more, folder / "held.arrow")
+        valid = intake.hold_out(more, folder / "held.arrow")
     tally.tell(config.data, report)
     facts = {"task": binding.task, "fields": binding.fields, **tally.facts()}
     _stop_unless_check(facts, config.data)
@@ -146,7 +146,7 @@ def _finish(
     problem = intake.labels.problem if intake.binding.task == "text-classification" else None
     about = intake.facts(problem)
     names = tuple(sorted(about.get("labels", ())))
-    _tell_labels(problem, names, report)
+    _tell_labels(problem, names, sorted(intake.unlearnt), report)
     held = _held(config.data, train, valid, problem, report)
     other, chosen = (train, held) if valid is None else (valid, np.ones(len(valid.keys), dtype=bool))
     final = Final(intake.binding.task, problem)
@@ -192,15 +192,21 @@ def _held(
     return held
 
 
-def _tell_labels(problem: str | None, names: Sequence[str], report: Report) -> None:
+def _tell_labels(problem: str | None, names: Sequence[str], unlearnt: Sequence[str], report: Report) -> None:
     if problem == "regression":
         report(Notice("labels: numbers on a scale (regression)", "hint"))
     elif problem is not None:
         several = " any number of which an example has" if problem.startswith("multi") else ""
-        shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
-        report(Notice(f"labels: {len(names):,} names{several}: {shown}", "hint"))
+        report(Notice(f"labels: {len(names):,} names{several}: {_shown(names)}", "hint"))
         if len(names) < 2:
             report(Notice("there is one label only: nothing can be learnt from it", "W-LABELS"))
+    if unlearnt and problem != "regression":
+        fact = f"labels of held-out examples alone, which cannot be learnt: {_shown(unlearnt)}"
+        report(Notice(fact, "W-LABELS"))
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
 
 
 @dataclass

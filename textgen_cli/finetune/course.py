@@ -1,7 +1,7 @@
 """transformers' Trainer with whole checkpoints, an order by length, and a stop at a loss that is no number."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from textgen_cli.config.finetune import TrainingConfig
@@ -94,6 +94,14 @@ class Course(Trainer):
             found.metrics["eval_loss"] = math.log(found.metrics["eval_perplexity"])
         return found
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """The library's; but where the figure is as good as the best, the lower loss is better."""
+        if not is_better(self.args, self.state, metrics):
+            return False
+        self.state.best_metric = metrics[f"eval_{self.args.metric_for_best_model}"]
+        self.state.best_global_step = self.state.global_step
+        return True
+
     def begin_anew(self) -> None:
         """Forget that the network was made ready to be evaluated: the library would take it as ready to learn, and
         of several processes each would go its own way without a word."""
@@ -138,6 +146,21 @@ class Course(Trainer):
             yield self.store.staged(step)
             self.group.wait()
         self.group.wait()
+
+
+def is_better(args: TrainingArguments, state: TrainerState, metrics: Mapping[str, float]) -> bool:
+    """Whether an evaluation is better than the best before it: by its figure, where that is equal by its loss."""
+    value = metrics[f"eval_{args.metric_for_best_model}"]
+    if state.best_metric is None:
+        return not math.isnan(value)
+    if value == state.best_metric:
+        losses = [
+            e["eval_loss"]
+            for e in state.log_history
+            if e["step"] == state.best_global_step and "eval_loss" in e
+        ]
+        return bool(losses) and metrics["eval_loss"] < losses[-1]
+    return value > state.best_metric if args.greater_is_better else value < state.best_metric
 
 
 _AGAIN = "mend that, then run it again with --resume"

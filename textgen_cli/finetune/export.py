@@ -41,14 +41,23 @@ def write_model(base: Base, stamp: Mapping[str, Any], folder: Path) -> None:
         folder.mkdir(parents=True)
         save_net(base.net, folder)
         base.tokenizer.backend.save_pretrained(folder)
-        settings = base.folder / "generation_config.json" if base.folder is not None else None
-        if settings is not None and settings.is_file() and not base.adapter and base.net.can_generate():
-            shutil.copyfile(settings, folder / settings.name)
+        if base.folder is not None and not base.adapter and base.net.can_generate():
+            _keep_generation(base.folder, folder)
         _forget_places(folder)
         (folder / STAMP).write_text(json.dumps(stamp, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         for path in folder.iterdir():  # some libraries let nobody else read what they write
             path.chmod((folder / STAMP).stat().st_mode)
     _check(folder)
+
+
+def _keep_generation(source: Path, folder: Path) -> None:
+    """The base's own settings of decoding, or none where it has none: those that loading leaves with the network are
+    empty, and a file of them would hide what config.json says, such as the token that a decoder begins with."""
+    settings = source / "generation_config.json"
+    if settings.is_file():
+        shutil.copyfile(settings, folder / settings.name)
+    else:
+        (folder / settings.name).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -113,6 +113,7 @@ class Intake:
     units: dict[int, str] = field(
         default_factory=dict
     )  # file -> what its places count: line, row or question
+    unlearnt: set[str] = field(default_factory=set)  # names that the held-out files alone have
     _numbers: dict[str, int] = field(default_factory=dict)  # label -> its stratum
 
     def spool(self, rows: Iterable[Numbered], path: Path) -> Side:
@@ -133,6 +134,13 @@ class Intake:
                 side.files.append(file)
                 side.lines.append(int(line))
                 writer.add(found, len(content))
+        return side
+
+    def hold_out(self, rows: Iterable[Numbered], path: Path) -> Side:
+        """`spool` the rows of held-out files, when those to learn from are read."""
+        learnt = set(self.labels.counts) | set(self.tags)
+        side = self.spool(rows, path)
+        self.unlearnt = (set(self.labels.counts) | set(self.tags)) - learnt
         return side
 
     def _good(self, row: Row) -> Example | str:

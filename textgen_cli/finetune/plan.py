@@ -4,8 +4,10 @@ import math
 from pathlib import Path
 
 from transformers import TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from textgen_cli.config.finetune import TrainingConfig
+from textgen_cli.errors import UsageError
 from textgen_cli.finetune.ways import Base
 
 ROWS_LIMIT = 32  # rows of a batch that --batch-size auto takes at most
@@ -32,6 +34,17 @@ def learning_rate(config: TrainingConfig, base: Base) -> float:
     if base.adapter:
         return 2e-4
     return 2e-5 if base.family in ("causal", "seq2seq") else 5e-5
+
+
+def check_tracker(name: str) -> None:
+    """UsageError E-TRACKER where --report-to names none that is here."""
+    if name in ("none", "all") or name in (here := get_available_reporting_integrations()):
+        return
+    fact = (
+        f"{name!r} is not installed" if name in INTEGRATION_TO_CALLBACK else f"no tracker is called {name!r}"
+    )
+    shown = ", ".join(sorted(here))
+    raise UsageError("E-TRACKER", "--report-to", fact, hint=f"here are {shown}" if shown else None)
 
 
 def arguments(

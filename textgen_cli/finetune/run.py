@@ -20,7 +20,7 @@ from textgen_cli.finetune.checkpoint import RESTART, STAMP, Found, Store, check_
 from textgen_cli.finetune.encode import DEFAULT_LENGTH, Encoded, encode
 from textgen_cli.finetune.evaluate import evaluation
 from textgen_cli.finetune.group import Group, joined
-from textgen_cli.finetune.plan import batch_rows
+from textgen_cli.finetune.plan import batch_rows, check_tracker
 from textgen_cli.finetune.prepared import Prepared
 from textgen_cli.finetune.tell import answerer, sample_before, tell
 from textgen_cli.finetune.train import train
@@ -43,6 +43,7 @@ def fit(config: FinetuneConfig, inputs: Sequence[Path], prepared: Prepared, repo
 def _fit(
     config: FinetuneConfig, inputs: Sequence[Path], prepared: Prepared, group: Group, report: Report
 ) -> Path:
+    check_tracker(config.training.report_to)
     out = _output(config, group)
     known = fingerprint(config, prepared, report) | {"processes": group.size}
     run_hash = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
@@ -165,17 +166,20 @@ def _length(config: FinetuneConfig, base: Base) -> int:
 
 
 def fingerprint(config: FinetuneConfig, prepared: Prepared, report: Report) -> dict[str, Any]:
-    """All that decides the weights that come out, what a user changes most often first."""
+    """All that decides the weights that come out, what a user changes most often first.
+
+    The data come behind the settings that decide what is read and held out: of these it is that one is told.
+    """
     plain = replace(config.data, valid=(), check=False, skip_bad=0)
     learning = replace(config.training, keep=2, report_to="none", max_time=None)
     from_file = scratch.is_file(config.way.from_scratch)
     return {
-        "data": prepared.sha256,
         "task": prepared.task,
         "seed": config.training.seed,
         "training": given(learning),
         "way": given(config.way, files=("from_scratch",) if from_file else ()),
         "encoding": given(plain),
+        "data": prepared.sha256,
         **_of_base(config, report),
         **of_program(),
     }

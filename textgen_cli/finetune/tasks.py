@@ -208,7 +208,7 @@ def _labelled(values: Mapping[str, Any]) -> Example:
     pair = values.get("pair", "")
     if not isinstance(pair, str):
         raise _Bad(f"pair is {kind_of(pair)}, not a text")
-    label = values["label"]
+    label = _listed(values["label"])
     for one in label if isinstance(label, list) else [label]:
         if isinstance(one, float) and not math.isfinite(one):
             raise _Bad(f"label is {one}, no number")
@@ -217,6 +217,17 @@ def _labelled(values: Mapping[str, Any]) -> Example:
     if isinstance(label, list) and len({name_of(one) for one in label}) != len(label):
         raise _Bad("label has a name twice")
     return {"text": _text(values, "text"), "pair": pair, "label": json.dumps(label, ensure_ascii=False)}
+
+
+def _listed(label: Any) -> Any:
+    """A list that a cell of CSV holds as JSON; all else as it is."""
+    if not (isinstance(label, str) and label.startswith("[") and label.endswith("]")):
+        return label
+    try:
+        found = json.loads(label)
+    except (ValueError, RecursionError):
+        return label  # a name in brackets
+    return found if isinstance(found, list) else label
 
 
 def _tagged(values: Mapping[str, Any]) -> Example:

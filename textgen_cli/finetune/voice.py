@@ -1,16 +1,15 @@
 """What is done between the steps of a training: told, measured, saved, ended."""
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from textgen_cli.config.finetune import TrainingConfig
 from textgen_cli.events import Measured, Notice, Progress, Report
 from textgen_cli.finetune import report as told
 from textgen_cli.finetune.checkpoint import Store
-from textgen_cli.finetune.course import Course
+from textgen_cli.finetune.course import Course, is_better
 from textgen_cli.finetune.encode import Encoded
 from textgen_cli.finetune.stop import Stop
 from textgen_cli.model import device
@@ -73,7 +72,7 @@ class Voice(TrainerCallback):
     ) -> None:
         # No stop here: the figures are logged, but not yet compared with the best.
         patience = self.config.patience
-        if patience is not None and not _is_best(args, state, metrics) and since_best(state) >= patience:
+        if patience is not None and not is_better(args, state, metrics) and since_best(state) >= patience:
             self.report(Notice(f"stopped at step {state.global_step}: no better for {patience} evaluations"))
             control.should_training_stop = True
 
@@ -97,13 +96,6 @@ class Voice(TrainerCallback):
 
 
 _UNTOLD = {"total_flos", "num_input_tokens_seen", "eval_model_preparation_time"}
-
-
-def _is_best(args: TrainingArguments, state: TrainerState, metrics: Mapping[str, float]) -> bool:
-    value = metrics[f"eval_{args.metric_for_best_model}"]
-    if state.best_metric is None:
-        return True
-    return value > state.best_metric if args.greater_is_better else value < state.best_metric
 
 
 def since_best(state: TrainerState) -> int:

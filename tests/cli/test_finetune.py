@@ -44,6 +44,11 @@ def _work(tmp_path: Path, small_model: Small) -> Path:
     [
         ("reviews.csv", "E-USAGE"),  # no -o
         ("reviews.csv -o out --dora", "E-CONFLICT"),
+        ("reviews.csv -o out --vocab-size 500", "E-CONFLICT"),
+        ("reviews.csv -o out --from-scratch tiny --tokenizer x --vocab-size 500", "E-CONFLICT"),
+        ("reviews.csv -o out --task clm --whole-words", "E-CONFLICT"),
+        ("reviews.csv -o out --task clm --mlm-probability 0.3", "E-CONFLICT"),
+        ("reviews.csv -o out --patience 2 --valid-share 0", "E-CONFLICT"),
         ("reviews.csv -o out --task poetry", "E-USAGE"),
         ("reviews.csv -o out --batch-size none", "E-RANGE"),
         ("reviews.csv -o out --seed random", "E-USAGE"),

@@ -38,6 +38,10 @@ class DataConfig:
         check_range(self, "skip_bad", 0, 1_000_000_000)
         check_range(self, "max_length", 2, 10_000_000)
         check_range(self, "mlm_probability", 0, 1, open_low=True)
+        if self.task not in (None, "mlm"):
+            for name in ("whole_words", "mlm_probability"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise UsageError("E-CONFLICT", option_name(name), "needs --task mlm")
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,11 @@ class WayConfig:
         if self.lora is not None and (self.freeze or self.from_scratch):
             other = "--freeze" if self.freeze else "--from-scratch"
             raise UsageError("E-CONFLICT", other, "cannot be used with --lora")
-        if self.tokenizer is not None and self.from_scratch is None:
-            raise UsageError("E-CONFLICT", "--tokenizer", "needs --from-scratch")
+        for name in ("tokenizer", "vocab_size"):
+            if self.from_scratch is None and getattr(self, name) != getattr(type(self), name):
+                raise UsageError("E-CONFLICT", option_name(name), "needs --from-scratch")
+        if self.tokenizer is not None and self.vocab_size != type(self).vocab_size:
+            raise UsageError("E-CONFLICT", "--vocab-size", "cannot be used with --tokenizer")
 
 
 @dataclass(frozen=True)
@@ -131,3 +138,7 @@ class FinetuneConfig:
     resume_previous: bool = False  # where that is damaged, from the one before it
     restart: bool = False  # begin anew in a folder of ours
     verbose: bool = False  # tell what is chosen and done
+
+    def __post_init__(self) -> None:
+        if self.training.patience is not None and not (self.data.valid or self.data.valid_share):
+            raise UsageError("E-CONFLICT", "--patience", "needs held-out examples", hint="give --valid FILE")

@@ -87,6 +87,20 @@ def test_csv_comes_back_as_python_reads_it(rows: list[list[str]]) -> None:
 
 # ---- lines, rows F37 to F51
 
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"a": "x\x1b"}', "Invalid control character (column 9)"),
+        (b'{"a": "x', "Unterminated string (column 7)"),
+        (b'{"a" 1}', "Expecting ':' delimiter (column 6)"),
+    ],
+)
+def test_what_is_said_of_a_broken_line(line: bytes, said: str) -> None:
+    (record,) = read(io.BytesIO(line), "jsonl")
+    assert record.error is not None and record.error["message"].endswith(said)
+
+
 GOOD = b'{"prompt": "fine"}\n'
 DEEP = DEPTH_LIMIT + 1
 BAD_LINES: list[tuple[str, bytes, str]] = [

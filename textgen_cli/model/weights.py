@@ -106,7 +106,8 @@ def no_weights(subject: str, names: set[str]) -> ModelError | SafetyError:
     """The error for a model without safetensors weights, after what it has instead."""
     pickled = any(is_pickle(name) for name in names)
     if ADAPTER in names or ("adapter_config.json" in names and not pickled):
-        return ModelError("E-ADAPTER", subject, "is an adapter, not a whole model")
+        fact = "is an adapter, not a whole model"
+        return ModelError("E-ADAPTER", subject, fact, hint="name its base with -m and this with --adapter")
     if pickled:
         fact = "has its weights only as a pickle, which can run code"
         return SafetyError("E-PICKLE", subject, fact, hint="convert it to safetensors elsewhere")

@@ -22,7 +22,7 @@ from textgen_cli.text.lines import (
     too_long,
     without_end,
 )
-from textgen_cli.text.strict_json import DECODER, SURROGATE, check_depth, check_surrogates, json_object
+from textgen_cli.text.strict_json import DECODER, SURROGATE, check_depth, check_surrogates, fault, json_object
 
 DOCUMENT_LIMIT = 64 << 20  # bytes of a JSON document, which is read whole
 
@@ -177,7 +177,7 @@ def _read_json(stream: BinaryIO, name: str, field: str) -> Iterator[Parsed]:
         if error.msg == "Extra data":
             yield from _read_jsonl(io.BytesIO(data), name, field)
             return
-        raise InputError("E-JSON", name, f"{error.msg} (line {error.lineno})") from None
+        raise InputError("E-JSON", name, f"{fault(error)} (line {error.lineno})") from None
     except Bad as bad:
         raise bad.at(name) from None
     for number, one in enumerate(found, 1):

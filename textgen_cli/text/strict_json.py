@@ -27,7 +27,7 @@ def json_object(line: bytes) -> dict[str, Any]:
     try:
         value = DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise Bad("E-JSON", f"{error.msg} (column {error.colno})") from None
+        raise Bad("E-JSON", f"{fault(error)} (column {error.colno})") from None
     if not isinstance(value, dict):
         raise Bad("E-FIELD", "is not a JSON object")
     if SURROGATE.search(line):
@@ -35,6 +35,11 @@ def json_object(line: bytes) -> dict[str, Any]:
     if len(line) > ID_LIMIT and "id" in value and len(ENCODER.encode(value["id"]).encode()) > ID_LIMIT:
         raise Bad("E-FIELD", f"id has more than {ID_LIMIT:,} bytes")
     return value
+
+
+def fault(error: json.JSONDecodeError) -> str:
+    """What a parser says is wrong, without the word that leads to its own account of the place."""
+    return error.msg.removesuffix(" at").removesuffix(" starting")
 
 
 def check_depth(line: bytes) -> None:

@@ -1,6 +1,6 @@
 """Compiled decoding of one stream: against llama.cpp, plain transformers, and the plain script from a cold start.
 
-The compiled models are made in the cache, unless they are there: that takes four minutes. Rates are taken after loading
+The compiled models are made in the cache, unless they are there: that takes some minutes. Rates are taken after loading
 and a warm-up, in a process each; figures are seconds for a token, ours / peer.
 """
 
@@ -16,23 +16,27 @@ from benchmarks import generate, peers, score, startup
 from benchmarks.runner import Ratio, Run, Side, compare
 
 OURS = """
-import json, sys, time
-from pathlib import Path
+import json, random, sys, time
+from types import SimpleNamespace
 from textgen_cli.config import ModelConfig
 from textgen_cli.events import silent
+from textgen_cli.generate.compiled import Settings, steps
+from textgen_cli.generate.rows import Row
 from textgen_cli.model.compiled import find, open_model
-work, quantize, dtype = sys.argv[1:]
+work, quantize, dtype, lookup = sys.argv[1:]
 work = json.load(open(work))
 config = ModelConfig(quantize=quantize or None, dtype=dtype)
 model = open_model(find(config, silent), config)
+plan = SimpleNamespace(settings=Settings(prompt_lookup_num_tokens=int(lookup) or None), sample=False)
 def run(prompt, tokens):
-    ids = list(prompt)
-    for _ in range(tokens):
-        ids.append(int(model.net.logits(ids).argmax()))
-    return ids[len(prompt):]
+    model.net.ids = []
+    row = Row(list(prompt), tokens, random.Random(0))
+    for step in steps(model.net, [row], plan):
+        row.tokens.append(step.tokens[0])
+        row.done = len(row.tokens) >= tokens
+    return row.tokens
 prompt = model.tokenizer.encode(work["prompts"][0])
 run(prompt, 16)
-model.net.ids = []
 start = time.perf_counter()
 new = run(prompt, work["tokens"])
 print(json.dumps({"seconds": time.perf_counter() - start, "tokens": len(new), "texts": [model.tokenizer.decode(new)]}))
@@ -46,7 +50,7 @@ from textgen_cli.events import silent
 from textgen_cli.model.compiled import find, open_model
 from textgen_cli.model.load import load
 texts = json.load(open(sys.argv[1]))
-config = ModelConfig(quantize="int8", dtype="bfloat16")
+config = ModelConfig(quantize=sys.argv[2], dtype="bfloat16")
 ours = open_model(find(config, silent), config)
 plain = load(ModelConfig(dtype="float32"), "score", silent)
 sums, size = [0.0, 0.0], 0
@@ -58,7 +62,7 @@ for text in texts:
     sums[1] -= float(logs.gather(1, torch.tensor(ids[1:])[:, None]).sum())
     ours.net.ids = []
     for place in range(1, len(ids)):
-        sums[0] -= float(ours.net.logits(ids[:place]).log_softmax(-1)[ids[place]])
+        sums[0] -= float(ours.net.logits(ids[:place])[0].log_softmax(-1)[ids[place]])
 print(json.dumps([total / math.log(2) / size for total in sums]))
 """
 
@@ -75,7 +79,8 @@ def run(quick: bool, only: str | None = None) -> Iterator[list[Ratio]]:
 
 def made_ready() -> None:
     """Compile what is not compiled yet."""
-    for options in (["--quantize", "int8", "--dtype", "bfloat16"], ["--dtype", "float32"]):
+    narrow = [["--quantize", form, "--dtype", "bfloat16"] for form in ("int8", "int4")]
+    for options in (*narrow, ["--dtype", "float32"]):
         subprocess.run(
             [startup.TEXTGEN, "download", "--compile", *options], check=True, stdout=subprocess.DEVNULL
         )
@@ -85,21 +90,42 @@ def rates(parts: generate.Parts, quick: bool) -> list[Ratio]:
     """128 tokens in one stream."""
     work = parts.work("one", ["Once upon a time"], 128)
     _same_text(ours(work, "", "float32")(), parts.plain(work, 1, "float32")())
-    eight, eager = ours(work, "int8", "bfloat16"), parts.ours(work, quantize="int8")
-    peers_of = {
-        "llama.cpp, the same GGUF (Q4_1)": (parts.llama_cpp(work, 1), 1.0),
-        "plain, bfloat16": (parts.plain(work, 1), 1 / 3),
-        "eager, the same (printed)": (eager, math.inf),
-    }
+    eight, four = ours(work, "int8", "bfloat16"), ours(work, "int4", "bfloat16")
+    llama, plain = parts.llama_cpp(work, 1), parts.plain(work, 1)
+    rows = [
+        ("int8", eight, "llama.cpp, the same GGUF (Q4_1)", llama, 1.0),
+        ("int8", eight, "plain, bfloat16", plain, 1 / 3),
+        ("int8", eight, "eager, the same (printed)", parts.ours(work, quantize="int8"), math.inf),
+        ("int4", four, "llama.cpp, the same GGUF (Q4_1)", llama, 1.0),
+        ("int4", four, "eager, the same (printed)", parts.ours(work, quantize="int4"), math.inf),
+    ]
     return [
-        compare(f"compiled, int8 and bfloat16 / {name}", eight, peer, rounds=3 if quick else 7, target=target)
-        for name, (peer, target) in peers_of.items()
+        compare(
+            f"compiled, {form} and bfloat16 / {name}", mine, peer, rounds=3 if quick else 7, target=target
+        )
+        for form, mine, name, peer, target in rows
     ]
 
 
-def ours(work: str, quantize: str, dtype: str) -> Callable[[], Run]:
-    """The compiled network alone, without the text and the records around it."""
-    return peers.timed([sys.executable, "-c", OURS, work, quantize, dtype])
+def lookup(parts: generate.Parts, quick: bool) -> list[Ratio]:
+    """128 tokens of a text that says again what it was given: prompt lookup against each token for itself."""
+    given = "\n".join(score.prose(6)) + "\n\n"
+    work = parts.work("again", [given * 2 + given[:40]], 128, warm=["Once upon a time"])
+    _same_text(ours(work, "", "float32", 8)(), ours(work, "", "float32")())
+    rounds = 3 if quick else 7
+    llama = parts.llama_cpp(work, 1)
+    return [
+        compare(f"text that repeats, {form}, prompt lookup of 15 / {name}", ours(work, form, "bfloat16", 15),
+                peer, rounds=rounds, target=target)
+        for form in ("int8", "int4")
+        for name, peer, target in [("without it (printed)", ours(work, form, "bfloat16"), math.inf),
+                                   ("llama.cpp without it", llama, 1 / 1.3)]
+    ]  # fmt: skip
+
+
+def ours(work: str, quantize: str, dtype: str, lookup: int = 0) -> Callable[[], Run]:
+    """The compiled network and its loop, without the text and the records around it."""
+    return peers.timed([sys.executable, "-c", OURS, work, quantize, dtype, str(lookup)])
 
 
 def cold(parts: generate.Parts, quick: bool) -> list[Ratio]:
@@ -115,16 +141,20 @@ def cold(parts: generate.Parts, quick: bool) -> list[Ratio]:
 
 
 def quality(parts: generate.Parts, quick: bool) -> list[Ratio]:
-    """Bits per byte of compiled int8 over those of float32, on real prose; the `seconds` are bits."""
+    """Bits per byte of compiled forms over those of float32, on real prose; the `seconds` are bits."""
     work = parts.scratch / "texts.json"
     work.write_text(json.dumps(score.prose(100 if quick else 1500)))
-    found = Side("bits per byte", [sys.executable, "-c", BITS, str(work)])()
-    ours, peer = ([Run(bits, found.peak, "")] for bits in json.loads(found.output))
-    return [Ratio("bits per byte, compiled int8 / float32", ours, peer, 1.01)]
+    rows = []
+    for form, target in (("int8", 1.01), ("int4", math.inf)):
+        found = Side("bits per byte", [sys.executable, "-c", BITS, str(work), form])()
+        ours, peer = ([Run(bits, found.peak, "")] for bits in json.loads(found.output))
+        rows.append(Ratio(f"bits per byte, compiled {form} / float32", ours, peer, target))
+    return rows
 
 
 ROWS: dict[str, Callable[[generate.Parts, bool], list[Ratio]]] = {
     "rates": rates,
+    "lookup": lookup,
     "cold": cold,
     "quality": quality,
 }

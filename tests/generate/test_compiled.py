@@ -20,7 +20,7 @@ from textgen_cli.config import DecodingConfig, GenerateConfig, ModelConfig
 from textgen_cli.errors import UsageError
 from textgen_cli.events import silent
 from textgen_cli.generate import compiled
-from textgen_cli.model.compile import compile_model
+from textgen_cli.generate.request import Request
 from textgen_cli.model.compiled import find, open_model
 from textgen_cli.model.load import load
 
@@ -96,6 +96,7 @@ def test_the_folder_is_whole_and_holds_no_scraps(made: Path, folder: Path, cache
     assert names == {
         "prompt.so",
         "step.so",
+        "check.so",
         "weights.safetensors",
         "compiled.json",
         "tokenizer.json",
@@ -120,12 +121,70 @@ def test_greedy_tokens_are_those_of_transformers(made: Path, folder: Path, cache
     )
     ours = list(ids)
     for _ in range(24):
-        logits = net.logits(ours)
+        [logits] = net.logits(ours)
         with torch.inference_mode():
             true = plain(input_ids=torch.tensor([ours])).logits[0, -1]
         assert torch.allclose(logits, true, atol=2e-5, rtol=0)
         ours.append(int(logits.argmax()))
     assert ours == theirs[0].tolist()
+
+
+@pytest.mark.parametrize(("start", "count"), [(1, 1), (1, 3), (2, 15), (9, 16), (40, 17), (250, 14)])
+def test_guesses_are_checked_together(made: Path, folder: Path, cache: Path, start: int, count: int) -> None:
+    """Each row is what transformers say of the same tokens: in one call, in two, over the edge of a room."""
+    config = ModelConfig(model=str(folder), dtype="float32", cache_dir=cache)
+    net, plain = open_model(made, config).net, load(config, "generate", silent, hasten=False).net
+    ids = torch.randint(5, 390, (start + 1 + count,), generator=torch.Generator().manual_seed(start)).tolist()
+    with torch.inference_mode():
+        true = plain(input_ids=torch.tensor([ids])).logits[0]
+    net.logits(ids[:start])
+    calls = watched(net, "check")
+    found = net.logits(ids[: start + 1], ids[start + 1 :])
+    assert torch.allclose(found, true[start:], atol=2e-5, rtol=0)
+    assert calls == [min(16, 1 + count - at) for at in range(0, 1 + count, 16) if count > at]
+    # Guesses that were wrong leave nothing behind: the text goes on from what was right.
+    assert torch.allclose(net.logits(ids[: start + 1])[0], true[start], atol=2e-5, rtol=0)
+
+
+def watched(net: Any, *names: str) -> list[int]:
+    """How many tokens each call of these graphs takes, from now on."""
+    calls: list[int] = []
+    for name in names:
+        net.graphs[name] = _watched(net.graphs[name], calls)
+    return calls
+
+
+def _watched(graph: Any, calls: list[int]) -> Any:
+    def call(ids: torch.Tensor, rest: Any) -> torch.Tensor:
+        calls.append(ids.shape[1])
+        found: torch.Tensor = graph(ids, rest)
+        return found
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "decoding",
+    [{"greedy": True}, {"temperature": 0.05}, {"temperature": 0.7}, {"greedy": True, "max_new_tokens": 1}],
+    ids=str,
+)
+def test_prompt_lookup_says_the_same_in_fewer_calls(
+    made: Path, folder: Path, cache: Path, decoding: dict[str, Any]
+) -> None:
+    texts, counts = [], []
+    for lookup in (None, 1, 12):
+        settings = DecodingConfig(**{"max_new_tokens": 90, "prompt_lookup": lookup} | decoding)
+        model = open_model(made, ModelConfig(model=str(folder), dtype="float32", cache_dir=cache))
+        calls = watched(model.net, "step", "check")
+        engine = compiled.engine(GenerateConfig(decoding=settings), model, silent)
+        assert engine is not None
+        pieces = list(engine.stream([Request(0, 0, "One two three one two three one two", None, 7)]))
+        assert len(pieces) > 1 or settings.max_new_tokens == 1  # as it grows
+        texts.append("".join(piece.text for piece in pieces))
+        counts.append(len(calls))
+    assert texts[0] == texts[1] == texts[2]
+    if decoding == {"greedy": True}:  # a network of random weights soon repeats itself
+        assert counts[2] < counts[1] < counts[0]
 
 
 def test_another_text_is_not_told_by_the_past_of_the_last(made: Path, folder: Path, cache: Path) -> None:
@@ -158,6 +217,7 @@ def test_another_text_is_not_told_by_the_past_of_the_last(made: Path, folder: Pa
         ["--regex", "[ab]{3,5}c", "--seed", "2"],
         ["--jsonl", "--logprobs", "2", "--num-return-sequences", "2"],
         ["--chat"],
+        ["--prompt-lookup", "5", "--greedy"],
     ],
     ids=" ".join,
 )
@@ -240,11 +300,6 @@ def test_a_model_that_cannot_be_compiled_leaves_nothing(
     assert [path.name for path in (tmp_path / "compiled").iterdir() if path.suffix != ".lock"] == []
 
 
-def test_four_bits_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="int4"):
-        compile_model(ModelConfig(model=str(folder), quantize="int4", cache_dir=tmp_path), silent)
-
-
 def test_no_compiler_is_said_before_the_model_loads(folder: Path, tmp_path: Path) -> None:
     done = program(
         "download",
@@ -260,17 +315,27 @@ def test_no_compiler_is_said_before_the_model_loads(folder: Path, tmp_path: Path
     assert not list(tmp_path.glob("compiled/*"))
 
 
-def test_eight_bits_are_proved_and_used(folder: Path, cache: Path) -> None:
-    """The compiler's own loops for products with int8 weights; the proof compares with float32."""
-    config = ModelConfig(model=str(folder), dtype="bfloat16", quantize="int8", cache_dir=cache)
-    options = ("--quantize", "int8", "--dtype", "bfloat16", "--cache-dir", str(cache))
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_fewer_bits_are_proved_and_used(folder: Path, cache: Path, bits: Any) -> None:
+    """The compiler's own loops or torch's kernels for products with such weights; the proof compares with float32."""
+    config = ModelConfig(model=str(folder), dtype="bfloat16", quantize=bits, cache_dir=cache)
+    options = ("--quantize", bits, "--dtype", "bfloat16", "--cache-dir", str(cache))
     done = program("download", str(folder), "--compile", *options)
     assert (done.returncode, done.stderr) == (0, "")
     made = Path(done.stdout.strip())
-    kinds = {value.dtype for value in open_model(made, config).net.graphs["step"]._constants.values()}
-    assert torch.int8 in kinds
+    net = open_model(made, config).net
+    assert torch.int8 in {value.dtype for value in net.graphs["step"]._constants.values()}
+    eager = load(config, "generate", silent).net
+    ids = torch.randint(5, 390, (40,), generator=torch.Generator().manual_seed(3)).tolist()
+    with torch.inference_mode():
+        true = (
+            eager(input_ids=torch.tensor([ids])).logits[0].float()
+        )  # of the same weights, rounded elsewhere
+    prompt, step, several = net.logits(ids[:20]), net.logits(ids[:21]), net.logits(ids[:22], ids[22:30])
+    found = torch.cat([prompt, step, several])
+    assert float((found - true[19:30]).abs().amax()) < 0.1 * float(true.std())
     done = program(
-        "generate", "-m", str(folder), "--dtype", "bfloat16", "--quantize", "int8", "--cache-dir", str(cache),
+        "generate", "-m", str(folder), "--dtype", "bfloat16", "--quantize", bits, "--cache-dir", str(cache),
         "Once upon", "-n", "4", "-v",
     )  # fmt: skip
     assert done.returncode == 0 and "compiled model" in done.stderr
@@ -316,7 +381,13 @@ def test_without_a_home_or_a_compiled_model_nothing_is_looked_up(
 
 def test_every_option_is_obeyed_or_unfit() -> None:
     assert compiled.unfit(GenerateConfig()) is None
-    for given in ({"num_beams": 2}, {"repetition_penalty": 1.1}, {"bias": ("a=1",)}, {"prompt_lookup": 3}):
+    assert compiled.unfit(GenerateConfig(decoding=DecodingConfig(prompt_lookup=3))) is None
+    for given in (
+        {"num_beams": 2},
+        {"repetition_penalty": 1.1},
+        {"bias": ("a=1",)},
+        {"draft_model": "other"},
+    ):
         option = compiled.unfit(GenerateConfig(decoding=DecodingConfig(**given)))
         assert option == "--" + next(iter(given)).replace("_", "-")
     with pytest.raises(ValueError, match="suppress_tokens"):

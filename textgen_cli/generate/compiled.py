@@ -6,7 +6,7 @@ Owns which settings it obeys and the samplers it has of its own; all others are 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -15,6 +15,7 @@ from textgen_cli.errors import UsageError
 from textgen_cli.events import Notice, Report
 from textgen_cli.generate import judging, sampling
 from textgen_cli.generate.local import LocalEngine
+from textgen_cli.generate.lookup import Lookup
 from textgen_cli.generate.rows import Row, Step, draw
 from textgen_cli.generate.sampling import Plan
 from textgen_cli.model import compiled
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
 # Decoding options that this loop obeys; any other that is given means the loop on transformers.
 _OBEYED = {"max_new_tokens", "max_length", "temperature", "top_k", "top_p", "min_p", "greedy", "seed"}
-_OBEYED |= {"num_return_sequences", "stop", "logprobs"}
+_OBEYED |= {"num_return_sequences", "stop", "logprobs", "prompt_lookup"}
+# Guesses that are checked together as long as not all are right: up to so many cost half a step more.
+FEW = 3
 # Fields of GenerationConfig that change nothing here, at any value or at these.
 _IDLE = {
     "bos_token_id",
@@ -42,7 +45,7 @@ _NEUTRAL = {
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
 }
-_SAMPLED = {"do_sample", "temperature", "top_k", "top_p", "min_p"}
+_TAKEN = {"do_sample", "temperature", "top_k", "top_p", "min_p", "prompt_lookup_num_tokens"}
 _NEUTRAL |= {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
 
@@ -55,8 +58,8 @@ class Settings:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    prompt_lookup_num_tokens: int | None = None
     num_beams: None = None
-    prompt_lookup_num_tokens: None = None
     assistant_early_exit: None = None
     repetition_penalty: None = None
     no_repeat_ngram_size: None = None
@@ -70,9 +73,9 @@ def settings_of(**fields: Any) -> Settings:
     """Settings for this loop; ValueError names one that it does not obey."""
     plain = {name: value for name, value in fields.items() if name not in _IDLE and value is not None}
     for name, value in plain.items():
-        if name not in _SAMPLED and value != _NEUTRAL.get(name, plain):
+        if name not in _TAKEN and value != _NEUTRAL.get(name, plain):
             raise ValueError(f"the compiled engine does not obey {name}")
-    return Settings(**{name: value for name, value in plain.items() if name in _SAMPLED})
+    return Settings(**{name: value for name, value in plain.items() if name in _TAKEN})
 
 
 def unfit(config: GenerateConfig) -> str | None:
@@ -127,18 +130,42 @@ def engine(config: GenerateConfig, model: "Model", report: Report) -> LocalEngin
 def steps(
     net: "Network", rows: list[Row], plan: Plan, constrainer: "Constrainer | None" = None, kept: Any = None
 ) -> Iterator[Step]:
-    """Decode one row step by step until it is done."""
+    """Decode one row step by step until it is done.
+
+    Guesses are checked together: what is drawn behind each is what would have been drawn without it, and the first
+    that is another token ends them (prompt lookup; speculative decoding, Leviathan et al., arXiv:2211.17192).
+    """
     (row,) = rows
+    lookup, settings = Lookup(), cast("Settings", plan.settings)
+    most = settings.prompt_lookup_num_tokens or 0
+    count = min(most, FEW)
     while not row.done:
-        logits = net.logits([*row.prompt, *row.tokens])[None]  # (1, V)
-        scores = logits.clone()
-        if constrainer is not None and row.state is not None:
-            constrainer.apply([row.state], scores)
-        if plan.sample:
-            token = int(draw(_sampled(scores[0], plan.settings)[None], [row.stream]))
-        else:
-            token = int(scores.argmax())
-        yield Step(rows, [token], [bool(logits.amax().isfinite())], logits)
+        ids, before = [*row.prompt, *row.tokens], len(row.tokens)
+        guess = lookup.guess(ids, min(count, row.room - before - 1)) if most else []
+        yield from _behind(net, ids, guess, row, plan, constrainer)
+        if guess:
+            right = len(row.tokens) - before > len(guess)
+            count = min(most, 2 * count + 1 if right else FEW)
+
+
+def _behind(
+    net: "Network", ids: list[int], guess: list[int], row: Row, plan: Plan, constrainer: "Constrainer | None"
+) -> Iterator[Step]:
+    """A step behind `ids`, and behind each guessed token as long as the guess is what was drawn."""
+    for logits, expected in zip(net.logits(ids, guess).unbind(), [*guess, None], strict=True):
+        token = _next(logits, row, plan, constrainer)
+        yield Step([row], [token], [bool(logits.amax().isfinite())], logits[None])
+        if row.done or token != expected:
+            return
+
+
+def _next(logits: torch.Tensor, row: Row, plan: Plan, constrainer: "Constrainer | None") -> int:
+    scores = logits.clone()[None]  # (1, V)
+    if constrainer is not None and row.state is not None:
+        constrainer.apply([row.state], scores)
+    if plan.sample:
+        return int(draw(_sampled(scores[0], plan.settings)[None], [row.stream]))
+    return int(scores.argmax())
 
 
 def _sampled(scores: torch.Tensor, settings: Any) -> torch.Tensor:

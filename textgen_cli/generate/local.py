@@ -163,6 +163,8 @@ class LocalEngine:
         return [int(bos)]
 
     def _needs_whole(self) -> bool:
+        if self.steps is not None:  # a loop of its own, that guesses by itself
+            return False
         return (self.plan.settings.num_beams or 1) > 1 or self.plan.speculates or self.draft is not None
 
     # --- step by step

@@ -1,4 +1,4 @@
-"""Compiles a decoder-only network ahead of time: two graphs of native code that share its weights.
+"""Compiles a decoder-only network ahead of time: three graphs of native code that share its weights.
 
 Takes whatever transformers can export by its own modules: the past and the attention are ours, through its
 interfaces, and there is no code for an architecture. What comes out is proved against the network it was made of.
@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,12 +25,24 @@ from textgen_cli.config import ModelConfig
 from textgen_cli.errors import ModelError, OutOfMemory, UsageError
 from textgen_cli.events import Progress, Report
 from textgen_cli.model import cache, device
-from textgen_cli.model.compiled import FACTS, PROMPT, STEP, TOKENIZER, WEIGHTS, folder_of, past_of
+from textgen_cli.model.compiled import (
+    FACTS,
+    GRAPHS,
+    PROMPT,
+    STEP,
+    TOGETHER,
+    TOKENIZER,
+    WEIGHTS,
+    folder_of,
+    names_of,
+    past_of,
+    runner_of,
+)
 from textgen_cli.model.load import Model, load
 from textgen_cli.model.past import CACHE, is_plain
 from textgen_cli.model.plain_tokenizer import facts_of
 from textgen_cli.model.prove import prove
-from textgen_cli.model.quantize import QuantizedLinear
+from textgen_cli.model.quantize import GROUP, QuantizedLinear
 
 NAME = "textgen_compiled"  # of the attention below
 
@@ -44,8 +56,6 @@ _REFUSALS = (
     NotImplementedError,
     AssertionError,
 )
-
-Graph = Literal["prompt", "step"]
 
 
 def compile_model(config: ModelConfig, report: Report) -> Path:
@@ -61,10 +71,6 @@ def compile_model(config: ModelConfig, report: Report) -> Path:
         )
     if config.adapter:
         raise UsageError("E-CONFLICT", "--adapter", "cannot be compiled; merge it first")
-    if config.quantize == "int4":
-        raise UsageError(
-            "E-CONFLICT", "--quantize int4", "has no form a compiler can use", hint="int8 has one"
-        )
     _need_compiler()
     target = folder_of(config, placement, report)
     with cache.publish(target, report=report, origin={"name": config.model, "kind": "compiled"}) as staging:
@@ -99,7 +105,7 @@ def _fill(folder: Path, model: Model, report: Report) -> None:
     shapes = _shapes(net)
     with _own_attention(net, name):
         constants: dict[str, torch.Tensor] = {}
-        for graph in (PROMPT, STEP):
+        for graph in GRAPHS:
             report(Progress("compile", f"{name}: {graph}"))
             constants |= _graph(graph, net, shapes, folder / f"{graph}.so", name)
     stored = _save(constants, folder / WEIGHTS)
@@ -136,19 +142,20 @@ def _shapes(net: Any) -> list[tuple[tuple[int, int], ...]]:
 
 def _graph(graph: str, net: Any, shapes: Any, target: Path, name: str) -> dict[str, torch.Tensor]:
     """Export one graph and compile it to a shared object; its weights by their names."""
-    module = _Prompt(net) if graph == PROMPT else _Step(net)
+    module = _Prompt(net) if graph == PROMPT else _Behind(net)
     past = past_of(shapes, 32)
     room, length = (
         torch.export.Dim("room", min=17, max=1 << 20),
-        torch.export.Dim("length", min=2, max=1 << 20),
+        torch.export.Dim("length", min=2, max=1 << 20 if graph == PROMPT else TOGETHER),
     )
     rooms = [{2: room}] * len(past)
     if graph == PROMPT:
         inputs: tuple[Any, ...] = (torch.zeros(1, 20, dtype=torch.long), past)
         dynamic: tuple[Any, ...] = ({1: length}, rooms)
     else:
-        inputs = (torch.zeros(1, 1, dtype=torch.long), torch.tensor([3]), past)
-        dynamic = ({}, {}, rooms)
+        at = torch.arange(3, 4 if graph == STEP else 8)
+        inputs = (torch.zeros(1, len(at), dtype=torch.long), at, past)
+        dynamic = ({}, {}, rooms) if graph == STEP else ({1: length}, {0: length}, rooms)
     options = {
         "aot_inductor.package": False,
         "aot_inductor.package_constants_in_so": False,
@@ -174,7 +181,10 @@ def _graph(graph: str, net: Any, shapes: Any, target: Path, name: str) -> dict[s
         if path.suffix not in (".so", ".safetensors"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     tensors = {**exported.state_dict, **exported.constants}
-    return {key: value.detach() for key, value in tensors.items() if isinstance(value, torch.Tensor)}
+    found = {key: value.detach() for key, value in tensors.items() if isinstance(value, torch.Tensor)}
+    # The kernel for int4 takes the size of its groups from tensors that the compiler adds.
+    added = {outer for outer in names_of(runner_of(target)).values() if outer not in found}
+    return found | {outer: torch.tensor(GROUP) for outer in added}
 
 
 class _Prompt(nn.Module):
@@ -187,18 +197,18 @@ class _Prompt(nn.Module):
     def forward(self, ids: torch.Tensor, past: list[torch.Tensor]) -> torch.Tensor:
         at = torch.arange(ids.shape[1])
         mask = torch.zeros(1, 1, 1, 1)  # stands for the one that the attention makes itself
-        return _logits(self.net, ids, at, mask, past, prompt=True)
+        return _logits(self.net, ids, at, mask, past, prompt=True)[-1:]
 
 
-class _Step(nn.Module):
-    """One token: ids (1, 1), its place (1,), the past with room S -> logits (1, V)."""
+class _Behind(nn.Module):
+    """One token or a few: ids (1, T), their places (T,), the past with room S -> logits (T, V)."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
         self.net = net
 
     def forward(self, ids: torch.Tensor, at: torch.Tensor, past: list[torch.Tensor]) -> torch.Tensor:
-        seen = torch.arange(past[-1].shape[2])[None] <= at[:, None]  # (1, S)
+        seen = torch.arange(past[-1].shape[2])[None] <= at[:, None]  # (T, S)
         mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[None, None]
         return _logits(self.net, ids, at, mask, past, prompt=False)
 
@@ -221,10 +231,10 @@ def _logits(
         attention_mask=mask,
         position_ids=at[None],
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=int(prompt),  # 0 keeps all
         **{CACHE: Cache(layers=layers)},
     )
-    found: torch.Tensor = out.logits[:, -1].float()
+    found: torch.Tensor = out.logits[0].float()
     return found
 
 
@@ -270,14 +280,15 @@ def _attend(
     """Attention of query (1, H, T, D) to keys and values (1, H/G, S, D): (1, T, H, D) in query's dtype."""
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "sliding_window")):
         raise NotImplementedError("its attention does more than a softmax over the past")
-    B, H, T, D = query.shape
+    _, H, T, D = query.shape
     heads = key.shape[1]
     attend = nn.functional.scaled_dot_product_attention
-    if T == 1:
+    if attention_mask.shape[-1] > 1:
         # The heads that share a key are the queries of one head: it is read once.
-        packed = query.reshape(B, heads, H // heads, D).float() * (D**-0.5 if scaling is None else scaling)
-        scores = packed @ key.mT + attention_mask  # (1, H/G, G, S)
-        out = (scores.softmax(dim=-1) @ value).reshape(B, H, 1, -1)
+        packed = query[0].float().reshape(heads, -1, D) * (D**-0.5 if scaling is None else scaling)
+        scores = (packed @ key[0].mT).view(heads, H // heads, T, -1) + attention_mask[0]  # (H/G, G, T, S)
+        out = scores.softmax(dim=-1).flatten(1, 2) @ value[0]
+        out = out.view(heads, H // heads, T, value.shape[3]).flatten(0, 1)[None]  # (1, H, T, D)
     else:
         key, value = (_repeated(part, H // heads) for part in (key, value))
         out = attend(query, key, value, is_causal=True, scale=scaling)
@@ -305,11 +316,16 @@ def _own_attention(net: Any, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ways(net: Any, graph: str) -> Iterator[None]:
-    """Let quantised layers multiply as suits a graph: one row by loops of the compiler's, many as matrices."""
+    """Let quantised layers multiply as suits a graph: one row by loops of the compiler's, a few by the kernel, many
+    as matrices; what int4 has in the order of its kernel is for that alone."""
     layers = [layer for layer in net.modules() if isinstance(layer, QuantizedLinear)]
     for layer in layers:
-        alone = graph == STEP or layer is net.get_output_embeddings()
-        layer.way = "sum" if alone else "turned back"
+        if layer.form == "int4" and layer.kernel:
+            continue
+        if graph == STEP or (graph == PROMPT and layer is net.get_output_embeddings()):
+            layer.way = "sum"
+        elif graph == PROMPT:
+            layer.way = "turned back"
     try:
         yield
     finally:

@@ -27,11 +27,13 @@ from textgen_cli.model.plain_tokenizer import PlainTokenizer
 from textgen_cli.model.source import identity
 from textgen_cli.model.tokenizer import Tokenizer
 
-COMPILATION = 1  # counted up when a compilation writes something else for the same model
+COMPILATION = 2  # counted up when a compilation writes something else for the same model
 PLACE = "compiled"  # below the cache's root
 FACTS, WEIGHTS, TOKENIZER = "compiled.json", "weights.safetensors", "tokenizer.json"
+TOGETHER = 16  # tokens that one call of the last takes at most
 BUCKET = 256  # positions by which the room for keys and values grows, doubled each time
-PROMPT, STEP = "prompt", "step"  # the graphs: a whole prompt from its beginning, and one token behind a past
+# The graphs: a whole prompt from its beginning; one token behind a past; a few at once behind it.
+PROMPT, STEP, CHECK = GRAPHS = "prompt", "step", "check"
 
 
 def folder_of(config: ModelConfig, placement: Placement, report: Report) -> Path:
@@ -131,9 +133,7 @@ class Network:
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         tensors = dict(reading.tensors([folder / WEIGHTS], torch.float32))
-        self.graphs = {
-            name: _Graph(folder / f"{name}.so", facts["constants"], tensors) for name in (PROMPT, STEP)
-        }
+        self.graphs = {name: _Graph(folder / f"{name}.so", facts["constants"], tensors) for name in GRAPHS}
         self.config = SimpleNamespace(is_encoder_decoder=False, **facts["config"])
         self.device = torch.device("cpu")
         self.shapes: Shapes = facts["shapes"]
@@ -150,19 +150,26 @@ class Network:
     def get_output_embeddings(self) -> Any:
         return self._tables["width"]
 
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """(V,) float32: what may follow `ids`; only what the call before has not computed is computed now."""
+    def logits(self, ids: Sequence[int], guess: Sequence[int] = ()) -> torch.Tensor:
+        """(1 + G, V) float32: what may follow `ids`, and what each of G guessed tokens behind them.
+
+        Only what the call before has not computed is computed now.
+        """
         ids = list(ids)
-        known = _common(self.ids, ids[:-1])
-        self._grow(len(ids))
+        every, known = [*ids, *guess], _common(self.ids, ids[:-1])
+        self._grow(len(every))
+        found: list[torch.Tensor] = []
         if known == 0 and len(ids) > 1:
-            found = self.graphs[PROMPT](torch.tensor([ids]), self._past)
-        else:
-            for place in range(known, len(ids)):
-                at = torch.tensor([place])
-                found = self.graphs[STEP](torch.tensor([[ids[place]]]), [at, *self._past])
-        self.ids = ids
-        return found[0]
+            found.append(self.graphs[PROMPT](torch.tensor([ids]), self._past))
+            known = len(ids)
+        for start in range(known, len(every), TOGETHER):
+            part = every[start : start + TOGETHER]
+            at = torch.arange(start, start + len(part))
+            graph = self.graphs[STEP if len(part) == 1 else CHECK]
+            rows = graph(torch.tensor([part]), [at, *self._past])  # (len(part), V)
+            found.append(rows[max(0, len(ids) - 1 - start) :])
+        self.ids = every
+        return torch.cat(found)
 
     def _grow(self, length: int) -> None:
         """Room for so many tokens: twice as much each time, so that a context that is not used costs nothing."""
@@ -178,12 +185,11 @@ class Network:
 
 
 class _Graph:
-    """One compiled graph: tensors in, logits (1, V) out; it writes keys and values into the past it is given."""
+    """One compiled graph: tensors in, logits (T, V) out; it writes keys and values into the past it is given."""
 
     def __init__(self, path: Path, names: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
-        self._runner: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
-        own = self._runner.get_constant_names_to_original_fqns()
-        self._constants = {inner: tensors[names[outer]] for inner, outer in own.items()}
+        self._runner = runner_of(path)
+        self._constants = {inner: tensors[names[outer]] for inner, outer in names_of(self._runner).items()}
         self._runner.update_constant_buffer(self._constants, False, True, True)
 
     def __call__(self, ids: torch.Tensor, rest: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -191,11 +197,23 @@ class _Graph:
         return found
 
 
+def runner_of(path: Path) -> Any:
+    """What runs a graph, still without its weights."""
+    return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
+
+
+def names_of(runner: Any) -> dict[str, str]:
+    """The name that a weight has in a graph -> the one it had in the network."""
+    found: dict[str, str] = runner.get_constant_names_to_original_fqns()
+    return found
+
+
 def _common(known: Sequence[int], ids: Sequence[int]) -> int:
-    """How many leading ids are the same."""
-    if known[: len(ids)] == ids:
-        return len(ids)
-    return next(
-        (n for n, pair in enumerate(zip(known, ids, strict=False)) if pair[0] != pair[1]),
-        min(len(known), len(ids)),
-    )
+    """How many leading ids are the same; found by halves, since slices are compared without Python's help."""
+    least, most = 0, min(len(known), len(ids))
+    if known[:most] == ids[:most]:
+        return most
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if known[least:middle] == ids[least:middle] else (least, middle - 1)
+    return least

@@ -76,12 +76,12 @@ class QuantizedLinear(nn.Module):
         """(..., K) -> (..., N), in the dtype of x."""
         flat = x.reshape(-1, self.in_features)
         y: torch.Tensor
-        if self.way == "sum":
-            y = self._summed(flat)
-        elif self.kernel and self.form == "int4":
+        if self.kernel and self.form == "int4" and self.way != "turned back":
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(
                 flat, self.weight.view(torch.uint8), GROUP, self.scale
             )
+        elif self.way == "sum" and self.form == "int8":
+            y = self._summed(flat)
         elif self.kernel and self.way == "kernel" and flat.shape[0] <= KERNEL_ROWS:
             y = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale)
         else:
@@ -114,7 +114,7 @@ class QuantizedLinear(nn.Module):
         return packed.view(torch.int8), torch.stack([scale, offset], dim=2).transpose(0, 1).contiguous()
 
     def _summed(self, flat: torch.Tensor) -> torch.Tensor:
-        """int8 alone: (M, K) -> (M, N), each sum in float32."""
+        """(M, K) -> (M, N) by int8, each sum in float32."""
         products = flat.float()[:, None] * self.weight.float()  # (M, N, K), which no compiler keeps
         return (products.sum(dim=-1) * self.scale.float()).to(flat.dtype)
 
@@ -128,7 +128,14 @@ class QuantizedLinear(nn.Module):
         return y
 
     def _plain(self, rows: slice) -> torch.Tensor:
-        """int4 that is not in a kernel's order: rows of the weights."""
+        """int4: rows of the weights; from a kernel's order they come rounded to bfloat16."""
+        if self.kernel:
+            unit = torch.eye(self.in_features, dtype=torch.bfloat16)
+            scale = self.scale[:, rows].bfloat16().contiguous()
+            found: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                unit, self.weight[rows].view(torch.uint8), GROUP, scale
+            )
+            return found.t()
         codes = self._codes(rows)
         codes = codes.view(codes.shape[0], -1, GROUP)
         scale, offset = self.scale[:, rows].transpose(0, 1)[..., None].unbind(dim=2)  # (n, K/GROUP, 1) each

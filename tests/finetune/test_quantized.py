@@ -25,6 +25,7 @@ from textgen_cli.events import Event, Measured, Notice, silent
 from textgen_cli.finetune import card, ways
 from textgen_cli.finetune.run import fit
 from textgen_cli.finetune.ways import open_base
+from textgen_cli.model import quantize
 from textgen_cli.model.load import load
 from textgen_cli.model.quantize import QuantizedLinear
 
@@ -200,6 +201,7 @@ def test_merged_it_is_a_plain_model_that_says_the_same(kind: str, small_model: S
     alike(whole, logits(beside))
     settings = json.loads((tmp_path / "True" / "config.json").read_text())
     assert "quantization_config" not in settings
+    assert settings["tie_word_embeddings"] is False
     assert json.loads((tmp_path / "True" / "textgen.json").read_text())["quantize"] is None
     plain = load(ModelConfig(str(tmp_path / "True"), dtype="float32"), "score", silent).net
     alike(plain, logits(whole))
@@ -241,6 +243,8 @@ def test_in_bfloat16_and_computed_twice_it_learns(
         small_model("llama"), tmp_path / "out", way={"lora": 4, "lora_targets": "q_proj,down_proj"},
         base={"quantize": "int4", "dtype": "bfloat16", "device": "cpu"}, training=settings,
     )  # fmt: skip
+    base = open_base(config, prepared("clm"), silent)
+    assert not any(layer.kernel for layer in quantize.layers(base.net).values())  # which knows no gradient
     out = fit(config, [], prepared("clm"), events.append)
     losses = measured(events, "loss")
     assert losses[-1] < losses[0]

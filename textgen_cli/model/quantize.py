@@ -242,9 +242,6 @@ def stood_for(net: Any) -> int:
 
 def restore(net: Any) -> None:
     """Put plain layers in the place of all quantised ones, with the weights that their codes mean."""
-    head = net.get_output_embeddings()
-    if isinstance(head, QuantizedLinear):  # it shared the embedding table, from which it differs by now
-        net.config.tie_word_embeddings = False
     for path, layer in layers(net).items():
         parent, _, child = path.rpartition(".")
         setattr(net.get_submodule(parent), child, layer.dense())

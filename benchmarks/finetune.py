@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks import examples, finetune_speed
+from benchmarks import examples, finetune_speed, finetune_trl
 from benchmarks.bases import HALF, TEXTGEN, Parts
 from benchmarks.examples import Examples
 from benchmarks.runner import Ratio, Side
@@ -59,9 +59,9 @@ ROWS = {
 
 
 def run(quick: bool, only: str | None = None) -> Iterator[list[Ratio]]:
-    """Each row as soon as it is measured, then speed and memory. `only`: a row of either, or `speed`."""
-    if only not in (None, "speed", *ROWS, *finetune_speed.ROWS):
-        raise SystemExit(f"--only: one of speed, {', '.join([*finetune_speed.ROWS, *ROWS])}")
+    """Each row as soon as it is measured, speed and memory, then trl. `only`: a row of either, `speed` or `trl`."""
+    if only not in (None, "speed", "trl", *ROWS, *finetune_speed.ROWS):
+        raise SystemExit(f"--only: one of speed, trl, {', '.join([*finetune_speed.ROWS, *ROWS])}")
     with tempfile.TemporaryDirectory() as scratch:
         parts = Parts(Path(scratch))
         names = [name for name in ROWS if only in (None, name)]
@@ -72,8 +72,10 @@ def run(quick: bool, only: str | None = None) -> Iterator[list[Ratio]]:
             print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
         for name in names:
             yield [_row(ROWS[name], parts, quick)]
-        if only not in ROWS:
+        if only not in ("trl", *ROWS):
             yield from finetune_speed.rows(parts, quick, None if only == "speed" else only)
+        if only in (None, "trl"):
+            yield finetune_trl.rows(parts, quick)
 
 
 def _row(row: Row, parts: Parts, quick: bool) -> Ratio:

@@ -125,7 +125,7 @@ def test_quantised_weights_take_what_is_told(small_model: SmallModel, kind: str,
 
     weights, _, net = counted(small_model(kind))
     net = net.to(torch.bfloat16)
-    quantize.apply(net, form, kind, silent, arranged=False)
+    quantize.apply(net, form, kind, silent)
     own = [
         *net.parameters(),
         *(b for n, b in net.named_buffers() if not n.endswith(("position_ids", "inv_freq"))),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from textgen_cli.config.download import KnowingConfig
 from textgen_cli.download.work import estimate, network_of
 from textgen_cli.errors import UsageError
 from textgen_cli.events import silent
-from textgen_cli.model import anatomy, cost
+from textgen_cli.model import anatomy, cost, quantize
 from textgen_cli.model.cost import Network, Work
 from textgen_cli.model.family import family_of
 from textgen_cli.model.inspect import inspect
@@ -145,6 +146,30 @@ def test_an_adapter_learns_what_peft_says(small_model: SmallModel, kind: str) ->
     adapter = peft.LoraConfig(task_type=task, r=4, target_modules="all-linear")
     learning, _ = peft.get_peft_model(net, adapter).get_nb_trainable_parameters()
     assert cost.learns(network, Work("finetune", 1, 8, "float32", method="lora", rank=4)) == learning
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_codes_beside_an_adapter_take_what_they_take(form: Any, dtype: str) -> None:
+    config: dict[str, Any] = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 64,
+        "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    sizes = anatomy.sizes(config)
+    assert sizes is not None
+    network = Network(config, "causal", sizes, anatomy.count(headers(config), config, "causal"))
+    work = Work("finetune", 1, 8, dtype, quantize=form, method="qlora", rank=4)
+    told = cost.memory(network, work)
+    net = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).to(getattr(torch, dtype))
+    quantize.apply(net, form, "small", silent)
+    codes = [*net.parameters(), *(t for name, t in net.named_buffers() if "inv_freq" not in name)]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in codes)
+    # Scales of int8, a number a row, are counted in 16 bits; these matrices are so small that it shows.
+    assert told["weights"] - 4 * cost.learns(network, work) == pytest.approx(held, rel=0.03)
+    # Codes are made of all weights, which a copy spares.
+    made = network.weights.total * (4 if dtype == "float32" else 2 + 4)
+    assert told["peak"] == made > cost.memory(network, replace(work, copied=True))["peak"]
 
 
 def published(name: str) -> Network:

@@ -93,18 +93,24 @@ def test_after_a_kill_the_same_weights_come(
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("task", ["clm", "text-classification"])
+@pytest.mark.parametrize(("task", "form"), [("clm", None), ("text-classification", None), ("clm", "int4")])
 def test_an_adapter_goes_on_as_well(
-    task: str, trainings: Trainings, small_model: Callable[..., Path], tmp_path: Path
+    task: str, form: str | None, trainings: Trainings, small_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     found = []
     for name, hurt in (("whole", {}), ("broken", {"signum": signal.SIGKILL, "step": 5})):
         folder = tmp_path / name
         folder.mkdir()
-        way = {"lora": 2, "lora_dropout": 0.1}
-        trainings(folder, task, config_of(small_model(TASKS[task]), folder / "out", way=way), **hurt)
-        again = config_of(small_model(TASKS[task]), folder / "out", way=way, resume=True)
+        way, base = {"lora": 2, "lora_dropout": 0.1}, {"quantize": form}
+        trainings(
+            folder, task, config_of(small_model(TASKS[task]), folder / "out", way=way, base=base), **hurt
+        )
+        again = config_of(small_model(TASKS[task]), folder / "out", way=way, base=base, resume=True)
         assert (folder / "out").exists() == (name == "whole")
+        if form and hurt:
+            other = config_of(small_model(TASKS[task]), folder / "out", way=way, resume=True)
+            status, _, stderr = trainings(folder, task, other)
+            assert status == 10 and "quantize was" in stderr
         assert trainings(folder, task, again) == (0, "", "")
         found.append(weights(folder / "out"))
     assert found[0] == found[1]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from parts import files
@@ -65,11 +66,12 @@ def test_a_quantised_folder_is_smaller_listed_and_refused_where_it_cannot_serve(
     assert kinds == {"torch.int8"}
     (row,) = kept(config)
     assert (row.model, row.form, row.folder, row.ours) == (config.model, "int8", tmp_path / "copy", True)
-    name = str(tmp_path / "copy")
+    name, adapter = str(tmp_path / "copy"), tmp_path / "adapter"
+    plain = AutoModelForCausalLM.from_pretrained(config.model)
+    peft.get_peft_model(plain, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(str(adapter))
     for refused, purpose in (
         (ModelConfig(name, quantize="int8"), "score"),
-        (ModelConfig(name), "finetune"),
-        (ModelConfig(name, adapter=("./adapter",)), "score"),
+        (ModelConfig(name, adapter=(str(adapter),)), "score"),
     ):
         with pytest.raises(ModelError, match="E-QUANTIZE"):
             load(refused, purpose, silent)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from textgen_cli.config import DecodingConfig, ModelConfig
-from textgen_cli.errors import ModelError, UsageError
+from textgen_cli.errors import ModelError
 from textgen_cli.events import Event, Notice, silent
 from textgen_cli.generate import sampling
 from textgen_cli.generate.local import LocalEngine
@@ -130,6 +130,74 @@ def test_constant_and_zero_weights_stay(form: quantize.Format, dtype: torch.dtyp
     torch.testing.assert_close(found, weight, rtol=5e-3, atol=1e-6)
 
 
+# --- gradients, for what learns beside the codes
+
+
+def learning(form: quantize.Format, dtype: torch.dtype) -> QuantizedLinear:
+    """A layer with its codes in plain order."""
+    torch.manual_seed(0)
+    weight = (torch.randn(192, 96) * torch.rand(192, 1)).to(dtype)
+    layer = QuantizedLinear(weight, torch.randn(192).to(dtype), form, arranged=False)
+    layer.arrange(kernels=False)
+    return layer
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_layer_turned_back_has_the_weights_meant(form: quantize.Format) -> None:
+    layer = learning(form, torch.float32)
+    plain = layer.dense()
+    assert type(plain) is nn.Linear and (plain.in_features, plain.out_features) == (96, 192)
+    torch.testing.assert_close(plain.weight.detach(), meant(layer), rtol=0, atol=1e-6)
+    assert layer.bias is not None and plain.bias.equal(layer.bias)
+    layer.kind = Conv1D
+    turned = layer.dense()
+    assert type(turned) is Conv1D
+    x = torch.randn(3, 96)
+    torch.testing.assert_close(turned(x), plain(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("form", FORMATS)
+def test_outputs_and_gradients_are_those_of_the_plain_product(
+    form: quantize.Format, dtype: torch.dtype, near: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both in float32 with the very weights; in bfloat16 an error of its rounding (2**-8) of the largest value."""
+    monkeypatch.setattr(quantize, "BLOCK", 1)
+    layer = learning(form, dtype)
+    weight, bias = layer.dense().weight.detach().float(), layer.bias
+    assert bias is not None and len(list(layer._blocks())) == 3
+    x = torch.randn(2, 5, 96).to(dtype).requires_grad_()
+    exact = x.detach().float().requires_grad_()
+    y, expected = layer(x), exact @ weight.T + bias.float()
+    wanted = torch.randn_like(expected)
+    y.backward(wanted.to(dtype))
+    expected.backward(wanted)
+    assert x.grad is not None and exact.grad is not None and x.grad.dtype == y.dtype == dtype
+    for found, true in ((y.detach(), expected.detach()), (x.grad, exact.grad)):
+        torch.testing.assert_close(found.float(), true, rtol=0, atol=near * float(true.abs().max()))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_weight_is_kept_for_the_way_back(form: quantize.Format) -> None:
+    layer, kept = learning(form, torch.float32), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.shape), lambda one: one):
+        layer(torch.randn(5, 96, requires_grad=True))
+    assert kept == []
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast_is_obeyed(grad: bool) -> None:
+    layer = learning("int4", torch.bfloat16)
+    x = torch.randn(5, 96, requires_grad=grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, layer(x.bfloat16()), rtol=0, atol=0)
+    if grad:
+        y.float().sum().backward()
+        assert x.grad is not None and x.grad.dtype == torch.float32
+
+
 def test_the_bytes_are_those_of_the_format() -> None:
     sizes = {}
     for form in FORMATS:
@@ -213,8 +281,3 @@ def test_a_network_without_linear_layers_is_refused(small_model: Callable[..., P
     net = loaded(small_model("llama"), quantize="int8").net
     with pytest.raises(ModelError, match="E-QUANTIZE"):
         quantize.apply(net, "int8", "small", silent)
-
-
-def test_training_wants_the_weights_as_they_are(small_model: Callable[..., Path]) -> None:
-    with pytest.raises(UsageError, match="E-QUANTIZE"):
-        load(ModelConfig(model=str(small_model("llama")), quantize="int8"), "finetune", silent)

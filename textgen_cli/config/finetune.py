@@ -140,5 +140,18 @@ class FinetuneConfig:
     verbose: bool = False  # tell what is chosen and done
 
     def __post_init__(self) -> None:
+        if self.model.quantize is not None:
+            self._check_quantized()
         if self.training.patience is not None and not (self.data.valid or self.data.valid_share):
             raise UsageError("E-CONFLICT", "--patience", "needs held-out examples", hint="give --valid FILE")
+
+    def _check_quantized(self) -> None:
+        """UsageError where nothing is there that could learn beside quantised weights."""
+        if self.way.from_scratch is not None:
+            raise UsageError("E-CONFLICT", "--quantize", "cannot be used with --from-scratch")
+        if self.way.lora is None:
+            fact = "needs --lora RANK: quantised weights do not learn themselves"
+            raise UsageError("E-CONFLICT", "--quantize", fact)
+        if self.way.dora:
+            fact = "cannot be used with --quantize: it needs the lengths of weights that learn"
+            raise UsageError("E-CONFLICT", "--dora", fact)

@@ -111,11 +111,10 @@ def _scalar(value: Any) -> str:
 def _use(told: Told) -> str:
     line = USES[told.task].replace("FOLDER", _folder(told))
     base = told.base if told.hub or told.base in CATALOG else f"./{told.base}"
-    return (
-        line.replace(f"-m ./{_folder(told)}", f"-m {base} --adapter ./{_folder(told)}")
-        if told.adapter
-        else line
-    )
+    if not told.adapter:
+        return line
+    codes = f" --quantize {told.quantize}" if told.quantize else ""
+    return line.replace(f"-m ./{_folder(told)}", f"-m {base}{codes} --adapter ./{_folder(told)}")
 
 
 def _folder(told: Told) -> str:

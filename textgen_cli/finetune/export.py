@@ -83,6 +83,7 @@ def stamp_of(base: Base, prepared: Prepared, length: int, prefix: str, run: str)
         "revision": base.revision,
         "labels": list(prepared.labels),
         "problem": prepared.problem,
+        "quantize": base.quantized if base.adapter else None,
         "max_length": length,
         "source_template": f"{literal}{{text}}" if prefix else None,
         "data": prepared.sha256,

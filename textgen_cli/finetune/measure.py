@@ -24,7 +24,7 @@ from textgen_cli.finetune.memory import estimate
 from textgen_cli.finetune.plan import batch_rows
 from textgen_cli.finetune.prepared import Prepared
 from textgen_cli.finetune.ways import FAMILIES
-from textgen_cli.model import anatomy, device, speed
+from textgen_cli.model import anatomy, device, quantize, speed
 from textgen_cli.model.check import Checked, check_folder
 from textgen_cli.model.load import load_tokenizer
 from textgen_cli.model.source import locate
@@ -157,6 +157,7 @@ def _run_facts(
         max(rows),
         half=placement.dtype == torch.bfloat16,
         recompute=config.training.recompute,
+        form=quantize.form_of(checked.config) or config.model.quantize,
     )
     if not memory:
         return facts

@@ -6,6 +6,7 @@ The arithmetic is that of `model/cost.py`; here stands which weights learn, by t
 import math
 import re
 from collections.abc import Mapping
+from typing import Literal
 
 from textgen_cli.config.finetune import WayConfig
 from textgen_cli.model import anatomy, cost, room
@@ -19,11 +20,20 @@ _LAYER = re.compile(r"\.(?:layers?|h|block)\.(\d+)\.")
 
 
 def estimate(
-    checked: Checked, way: WayConfig, family: Family, rows: int, length: int, *, half: bool, recompute: bool
+    checked: Checked,
+    way: WayConfig,
+    family: Family,
+    rows: int,
+    length: int,
+    *,
+    half: bool,
+    recompute: bool,
+    form: Literal["int8", "int4"] | None = None,
 ) -> tuple[dict[str, int], int]:
     """The peak in bytes with its parts, and the operations of one batch of so many rows of padded tokens.
 
-    half: computes in bfloat16. ({}, 0) where the config does not tell the sizes.
+    half: computes in bfloat16; form: of the weights beside an adapter. ({}, 0) where the config does not tell the
+    sizes.
     """
     tensors: dict[str, Tensor] = {}
     for path in checked.weights:
@@ -37,32 +47,32 @@ def estimate(
         batch=rows,
         length=length,
         dtype="bfloat16" if half else "float32",
-        method="full" if way.lora is None else "lora",
+        quantize=form,
+        method="full" if way.lora is None else "qlora" if form else "lora",
         recompute=recompute,
+        copied="quantization_config" in checked.config,
     )
-    memory = cost.learning(network, work, _learning(tensors, way), room.taken() or 0)
+    memory = cost.learning(network, work, _learning(dict(anatomy.shapes_of(tensors)), way), room.taken() or 0)
     return memory, int(cost.operations(network, work)["flops"])
 
 
-def _learning(tensors: Mapping[str, Tensor], way: WayConfig) -> int:
+def _learning(shapes: Mapping[str, tuple[int, ...]], way: WayConfig) -> int:
     """How many parameters learn."""
     if way.lora is not None:
-        return sum(
-            way.lora * sum(tensor.shape) for name, tensor in tensors.items() if _adapted(name, tensor, way)
-        )
+        return sum(way.lora * sum(shape) for name, shape in shapes.items() if _adapted(name, shape, way))
     found = 0
-    for name, tensor in tensors.items():
+    for name, shape in shapes.items():
         layer = _LAYER.search(name)
         frozen = way.freeze and (
             int(layer[1]) < way.freeze if layer else _EMBEDDINGS.search(name) is not None
         )
-        found += 0 if frozen else math.prod(tensor.shape)
+        found += 0 if frozen else math.prod(shape)
     return found
 
 
-def _adapted(name: str, tensor: Tensor, way: WayConfig) -> bool:
+def _adapted(name: str, shape: tuple[int, ...], way: WayConfig) -> bool:
     """Whether a weight gets a LoRA adapter: those named, else all linear ones."""
-    if len(tensor.shape) != 2:
+    if len(shape) != 2:
         return False
     if way.lora_targets is not None:
         return name.split(".")[-2:-1] != [] and name.split(".")[-2] in way.lora_targets.split(",")

@@ -89,4 +89,6 @@ def arguments(
         report_to=config.report_to,
         run_name="textgen",
         push_to_hub=False,
+        # They are codes then, of which every process has the same.
+        ddp_broadcast_buffers=False if base.quantized else None,
     )

@@ -61,6 +61,7 @@ class Told:
     run: dict[str, float] = field(default_factory=dict)  # steps, seconds, tokens_per_second, peak_bytes ...
     versions: dict[str, str] = field(default_factory=dict)
     adapter: bool = False  # the folder holds an adapter, not a whole model
+    quantize: str | None = None  # the form into which the base has to be brought for it
     hub: bool = False  # the base is a name on the Hub
 
 

@@ -56,7 +56,7 @@ def tell(
         task=prepared.task,
         base="" if base.fresh else model_name(base.name),
         revision=base.revision,
-        way=way(config),
+        way=way(config, base.quantized),
         data=_files(prepared.facts, [*inputs, *config.data.valid]),
         settings=told_settings(config),
         facts={name: value for name, value in prepared.facts.items() if name not in ("files", "bad")},
@@ -69,6 +69,7 @@ def tell(
         run={"steps": trained.last, "best_step": trained.step, "seconds": round(trained.seconds, 1)},
         versions=versions,
         adapter=base.adapter,
+        quantize=config.model.quantize,
         hub=not base.fresh and base.folder is not None and base.folder.parent.name == "snapshots",
     )
     write_report(final, told)
@@ -77,12 +78,13 @@ def tell(
         shutil.copyfile(working / LOG, final / LOG)
 
 
-def way(config: FinetuneConfig) -> str:
-    """Which weights learnt, in words."""
+def way(config: FinetuneConfig, quantized: str | None = None) -> str:
+    """Which weights learnt, in words. `quantized`: the form of the others."""
     chosen = config.way
     if chosen.lora is not None:
         kind = "DoRA" if chosen.dora else "LoRA"
-        return f"{kind} of rank {chosen.lora}{', merged' if chosen.merge else ''}"
+        codes = f" beside weights in {quantized}" if quantized else ""
+        return f"{kind} of rank {chosen.lora}{codes}{', merged' if chosen.merge else ''}"
     return f"all weights but the first {chosen.freeze} layers" if chosen.freeze else "all weights"
 
 

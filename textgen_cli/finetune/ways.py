@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.pytorch_utils import Conv1D
 
 from textgen_cli.config import Dtype
 from textgen_cli.config.finetune import FinetuneConfig, WayConfig
@@ -19,8 +20,9 @@ from textgen_cli.finetune import scratch
 from textgen_cli.finetune.encode import Encoded
 from textgen_cli.finetune.prepared import Prepared
 from textgen_cli.finetune.report import model_name
-from textgen_cli.model import device
+from textgen_cli.model import device, quantize
 from textgen_cli.model.anatomy import context_of
+from textgen_cli.model.change import LABELLING
 from textgen_cli.model.load import HEADS, Family, Head, load, quiet
 from textgen_cli.model.tokenizer import Tokenizer
 
@@ -49,6 +51,7 @@ class Base:
     autocast: bool  # computes in bfloat16 where that is exact enough, with weights in float32
     generation: dict[str, Any]
     folder: Path | None  # that the network came from
+    quantized: quantize.Format | None = None  # codes that do not learn
     adapter: bool = False
     fresh: bool = False  # begins at random
     evaluates: bool = True
@@ -72,7 +75,7 @@ def open_base(config: FinetuneConfig, prepared: Prepared, report: Report) -> Bas
     if config.way.lora is not None:
         base = _adapted(base, config.way)
     learning = sum(p.numel() for p in base.net.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in base.net.parameters())
+    total = sum(p.numel() for p in base.net.parameters()) + quantize.stood_for(base.net)
     report(Notice(f"{learning:,} of {total:,} weights learn"))
     return replace(base, evaluates=prepared.valid is not None and len(prepared.valid) > 0)
 
@@ -85,6 +88,9 @@ def _loaded(config: FinetuneConfig, family: Family, prepared: Prepared, report: 
         return _new(config, prepared, head, half, report)
     exact: Dtype = "bfloat16" if half and config.way.lora is not None else "float32"
     model = load(replace(config.model, dtype=exact), "finetune", report, head)
+    if model.quantized and (config.way.lora is None or config.way.dora):
+        fact = "has quantised weights, which do not learn themselves"
+        raise ModelError("E-QUANTIZE", model.name, fact, hint="use --lora RANK, without --dora")
     _settle_padding(model.family, model.net, model.tokenizer)
     return Base(
         net=model.net,
@@ -97,6 +103,7 @@ def _loaded(config: FinetuneConfig, family: Family, prepared: Prepared, report: 
         autocast=half,
         generation=model.generation,
         folder=model.folder,
+        quantized=model.quantized,
     )
 
 
@@ -157,13 +164,11 @@ def _freeze(base: Base, layers: int) -> None:
         raise UsageError("E-RANGE", "--freeze", "leaves no weight that learns")
 
 
-# The names that heads have in transformers' networks: they are new, so all of their weights learn.
-_HEADS = ("score", "classifier", "classification_head", "qa_outputs")
-
-
 def _adapted(base: Base, way: WayConfig) -> Base:
     """The network with a LoRA adapter beside its linear layers; the adapter alone learns, and a head of labels."""
     import peft  # noqa: PLC0415 - it costs seconds, which few trainings have to pay
+
+    from textgen_cli.model.adapter import on_codes  # noqa: PLC0415 - the same
 
     names = {name.rpartition(".")[2] for name, _ in base.net.named_modules()}
     targets: str | list[str] = "all-linear"
@@ -172,7 +177,10 @@ def _adapted(base: Base, way: WayConfig) -> Base:
         unknown = [name for name in targets if name not in names]
         if unknown:
             raise UsageError("E-TARGETS", "--lora-targets", f"the model has no layers named {unknown[0]!r}")
-    heads = [name for name in _HEADS if name in names] if base.family in HEADS else []
+    elif base.quantized:
+        targets = _all_linear(base.net)
+    # They are new: all of their weights learn.
+    heads = [name for name in LABELLING if name in names] if base.family in HEADS else []
     assert way.lora is not None
     alpha: Any = 2 * way.lora if way.lora_alpha is None else way.lora_alpha  # a fraction works as well
     settings = peft.LoraConfig(
@@ -190,10 +198,16 @@ def _adapted(base: Base, way: WayConfig) -> Base:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            net = peft.PeftModel(base.net, settings, "default")
+            net = peft.PeftModel(base.net, on_codes(settings), "default")
         except ValueError as error:
             raise ModelError("E-ADAPTER", base.name, str(error).partition("\n")[0]) from error
     return replace(base, net=net, adapter=True)
+
+
+def _all_linear(net: Any) -> list[str]:
+    """What peft's "all-linear" means of layers that it does not know: all but the last."""
+    kinds, head = (quantize.QuantizedLinear, torch.nn.Linear), net.get_output_embeddings()
+    return [name for name, layer in net.named_modules() if isinstance(layer, kinds) and layer is not head]
 
 
 def save_net(net: Any, folder: Path) -> None:
@@ -214,12 +228,14 @@ NEAR = 1e-3  # logits of the merged network differ by so much of their spread at
 def merged(base: Base, encoded: Encoded, report: Report) -> Base:
     """The network with its adapter folded into the weights, in float32, after proof that it says the same.
 
-    Raises ModelError E-MERGE where it does not.
+    Codes are turned back for it into the weights that they mean. Raises ModelError E-MERGE where it does not.
     """
     rows = [encoded.train[number] for number in range(min(2, len(encoded.train)))]
     batch = {name: value.to(base.device) for name, value in encoded.collate(rows).items()}
     net = base.net.float().eval()
     before = _outputs(net, batch)
+    if base.quantized:
+        _turn_back(net)
     net = net.merge_and_unload()
     apart = max(_distance(old, new) for old, new in zip(before, _outputs(net, batch), strict=True))
     if not apart <= NEAR:
@@ -228,6 +244,14 @@ def merged(base: Base, encoded: Encoded, report: Report) -> Base:
         )
     report(Notice(f"adapter merged: logits differ by {apart:.1g} of their spread"))
     return replace(base, net=net, adapter=False)
+
+
+def _turn_back(net: Any) -> None:
+    """Plain weights in the place of codes, under the adapter's layers, which have to know how theirs stand."""
+    quantize.restore(net.get_base_model())
+    for module in net.modules():
+        if hasattr(module, "fan_in_fan_out"):
+            module.fan_in_fan_out = isinstance(module.get_base_layer(), Conv1D)
 
 
 @torch.no_grad()

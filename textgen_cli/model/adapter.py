@@ -1,7 +1,8 @@
 """LoRA adapters, found, checked and merged into the weights of a loaded base: decoding costs nothing extra.
 
-Owns what an adapter may ask for and the proof that all of it reached the network. The base is the one that
-was chosen: what an adapter says about its base is compared and never followed. Importing this costs seconds.
+One that learnt beside quantised weights (QLoRA) stays beside the same, for a sum would be rounded away by their codes.
+Owns what an adapter may ask for and the proof that all of it reached the network. The base is the one that was chosen:
+what an adapter says about its base is compared and never followed. Importing this costs seconds.
 """
 
 import math
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import peft
 import torch
@@ -23,6 +24,7 @@ from textgen_cli.config import ModelConfig, split_weight
 from textgen_cli.errors import ModelError, SafetyError, UsageError
 from textgen_cli.events import Notice, Progress, Report
 from textgen_cli.model import check, device
+from textgen_cli.model.quantize import Format, QuantizedLinear
 from textgen_cli.model.source import HUB_NAME, Located, locate, parse
 from textgen_cli.model.weights import is_pickle, read_header, read_json
 
@@ -57,6 +59,7 @@ class Adapter:
     folder: Path
     settings: peft.LoraConfig
     tensors: dict[str, torch.Tensor]  # float32
+    beside: Format | None  # the form of the weights beside which it learnt
 
     @property
     def only_adds(self) -> bool:
@@ -64,36 +67,74 @@ class Adapter:
         return not (self.settings.modules_to_save or self.settings.use_dora or self.settings.bias != "none")
 
 
-def apply(net: Any, adapters: Sequence[str], base: Located, config: ModelConfig, report: Report) -> Any:
-    """Merge adapters, each a folder or Hub name with an optional =WEIGHT, into a network; returns it.
+def find(base: Located, config: ModelConfig, report: Report) -> list[Adapter]:
+    """The adapters that `config` names, each a folder or Hub name with an optional =WEIGHT; no network is touched.
 
-    The sum is formed in float32 and rounded once to the dtype of each layer. Raises ModelError E-ADAPTER if
-    one does not fit the base entirely, SafetyError E-PICKLE and E-REMOTE-CODE, and the errors of its source.
+    Raises ModelError E-ADAPTER, SafetyError E-PICKLE and E-REMOTE-CODE, and the errors of a source.
     """
-    found = [_open(name, base, config, report) for name in adapters]
+    found = [_open(name, base, config, report) for name in config.adapter]
     for adapter in found:
         if not adapter.only_adds and (len(found) > 1 or adapter.weight != 1):
             fact = "replaces weights (DoRA, bias or modules_to_save): it goes alone and with weight 1"
             raise _bad(adapter.label, fact)
+    return found
+
+
+def merge(net: Any, found: Sequence[Adapter], report: Report) -> Any:
+    """Merge adapters into a network; returns it. ModelError E-ADAPTER if one does not fit the base entirely.
+
+    The sum is formed in float32 and rounded once to the dtype of each layer.
+    """
     dtypes = {name: parameter.dtype for name, parameter in net.named_parameters(remove_duplicate=False)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they speak of is checked here
-        for number, adapter in enumerate(found):
-            report(Progress("load", adapter.label))
-            try:
-                net = _attach(net, adapter, f"a{number}")
-            except _FAILURES as error:
-                if device.out_of_memory(error):
-                    raise
-                raise _bad(adapter.label, _first_line(error)) from error
-        _merge(net, [f"a{number}" for number in range(len(found))])
+        net = _attached(net, found, report)
+        _merge(net, _names(found))
         net = net.unload()
     for name, parameter in net.named_parameters(remove_duplicate=False):
         parameter.data = parameter.data.to(dtypes[name])
     for adapter in found:
         fact = f"adapter of rank {adapter.settings.r} merged with weight {adapter.weight:g}"
         report(Notice(f"{adapter.label}: {fact}"))
+        if adapter.beside:
+            fact = f"learnt beside {adapter.beside} weights, which are not here"
+            report(Notice(f"{adapter.label}: {fact}; --quantize {adapter.beside} has them", "W-QUANTIZE"))
     return net.requires_grad_(True).eval()
+
+
+def attach(net: Any, found: Sequence[Adapter], report: Report) -> Any:
+    """Leave adapters beside the quantised weights of a network; returns it. ModelError E-ADAPTER."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = _attached(net, found, report)
+    net.base_model.set_adapter(_names(found))
+    for adapter in found:
+        fact = f"adapter of rank {adapter.settings.r} beside {adapter.beside} with weight {adapter.weight:g}"
+        report(Notice(f"{adapter.label}: {fact}"))
+    return net.get_base_model().requires_grad_(True).eval()
+
+
+def on_codes(settings: peft.LoraConfig) -> peft.LoraConfig:
+    """Settings by which peft puts an adapter beside quantised layers as beside plain ones."""
+    settings._register_custom_module({QuantizedLinear: peft.tuners.lora.Linear})
+    return settings
+
+
+def _names(found: Sequence[Adapter]) -> list[str]:
+    """What peft is to call them."""
+    return [f"a{number}" for number in range(len(found))]
+
+
+def _attached(net: Any, found: Sequence[Adapter], report: Report) -> Any:
+    for name, adapter in zip(_names(found), found, strict=True):
+        report(Progress("load", adapter.label))
+        try:
+            net = _attach(net, adapter, name)
+        except _FAILURES as error:
+            if device.out_of_memory(error):
+                raise
+            raise _bad(adapter.label, _first_line(error)) from error
+    return net
 
 
 def _open(name: str, base: Located, config: ModelConfig, report: Report) -> Adapter:
@@ -116,11 +157,10 @@ def _open(name: str, base: Located, config: ModelConfig, report: Report) -> Adap
     stored = read_json(located.folder / CONFIG, "E-ADAPTER")
     settings = _settings(located.label, stored)
     _check_base(located.label, stored.get("base_model_name_or_path"), base, report)
-    if STAMP in names:
-        _check_stamp(located.label, read_json(located.folder / STAMP, "E-ADAPTER"), base)
-    return Adapter(
-        located.label, weight, located.folder, settings, _tensors(located.label, located.folder / WEIGHTS)
-    )
+    stamp = read_json(located.folder / STAMP, "E-ADAPTER") if STAMP in names else {}
+    _check_stamp(located.label, stamp, base)
+    tensors = _tensors(located.label, located.folder / WEIGHTS)
+    return Adapter(located.label, weight, located.folder, settings, tensors, stamp.get("quantize"))
 
 
 def _settings(label: str, stored: dict[str, Any]) -> peft.LoraConfig:
@@ -140,7 +180,7 @@ def _settings(label: str, stored: dict[str, Any]) -> peft.LoraConfig:
     _check_numbers(label, applied)
     _check_patterns(label, applied)
     try:
-        return peft.LoraConfig(**applied, inference_mode=True)
+        return on_codes(peft.LoraConfig(**applied, inference_mode=True))
     except _FAILURES as error:
         raise _bad(label, _first_line(error)) from error
 
@@ -187,6 +227,8 @@ def _check_base(label: str, named: Any, base: Located, report: Report) -> None:
 
 def _check_stamp(label: str, stamp: dict[str, Any], base: Located) -> None:
     """Compare the commit that our own finetune trained on with the one in use."""
+    if stamp.get("quantize") not in (None, *get_args(Format)):
+        raise _bad(label, f"quantize of {STAMP} has no value that finetune writes")
     revision = stamp.get("revision")
     if not isinstance(revision, str) or not revision or not base.revision or revision == base.revision:
         return

@@ -194,7 +194,7 @@ class Weights:
 
 def count(tensors: Mapping[str, Tensor], config: Mapping[str, Any], family: Family) -> Weights:
     """Count what the headers of a checkpoint name; `config` tells what of it is one and the same."""
-    shapes = {name: shape for name, shape in _shapes(tensors) if not _is_buffer(name, shape)}
+    shapes = {name: shape for name, shape in shapes_of(tensors) if not _is_buffer(name, shape)}
     tied, shapes = _untwinned(shapes, config)
     parts = dict.fromkeys(PARTS, 0)
     for name, shape in shapes.items():
@@ -231,7 +231,7 @@ def part_of(name: str) -> str:
     return next((part for part, pattern in _PART.items() if pattern.search(name)), "other")
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> list[tuple[str, tuple[int, ...]]]:
+def shapes_of(tensors: Mapping[str, Tensor]) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the weights; codes in 8 or 4 bits of our own as the matrices they stand for."""
     found = []
     for name, tensor in tensors.items():

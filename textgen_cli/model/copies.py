@@ -44,7 +44,7 @@ def write(config: ModelConfig, folder: Path, report: Report) -> Located:
     report(Progress("save", located.label))
     changes: dict[str, Any] = {"dtype": str(net.dtype).removeprefix("torch.")}
     if config.quantize:
-        quantize.apply(net, config.quantize, located.label, report, arranged=False)
+        quantize.apply(net, config.quantize, located.label, report)
         changes["quantization_config"] = quantize.settings(config.quantize)
         save_file(_state(net), folder / SINGLE, metadata={"format": "pt"})
     else:

@@ -11,14 +11,14 @@ Running, in bytes of b a number, with W the weights, S those in the files, B row
 
 Learning, of P parameters in float32 of which R learn:
 
-    weights     4·P; 2·P where an adapter learns beside weights in bfloat16; codes for QLoRA
+    weights     4·P; 2·P where an adapter learns beside weights in bfloat16; codes for QLoRA, which are made of such
     optimizer   8·R: the two moments of AdamW
     gradients   4·R: they grow while the way back takes activations away
     activations what each layer keeps for the way back (`kept`), or with gradient checkpointing its input alone and one
                 layer whole, which is there when the logits are gone
     logits      B·T·V·12: log-softmax and two gradients in float32; 0 where a head is small
 
-    peak = libraries + weights + optimizer + 1.05 · max(activations + logits + head's gradient, gradients + one layer)
+    peak = libraries + weights + optimizer + 1.25 · max(activations + logits + head's gradient, gradients + one layer)
 
 Operations: 2 a weight and token forward, 4 backward, 2 of these for the gradient of weights that learn: 6·M·D for D
 tokens where all learn, 4·M·D beside an adapter, 2·M·D more with gradient checkpointing; attention likewise.
@@ -93,8 +93,7 @@ def memory(network: Network, work: Work, libraries: int = 0) -> dict[str, int]:
     """Bytes at the peak, and its parts; not all parts are there at one time."""
     if work.job == "finetune":
         return learning(network, work, learns(network, work), libraries)
-    weights = anatomy.weight_bytes(network.weights)
-    held = weights[work.quantize] if work.quantize else work.number * network.weights.total
+    held = _held(network, work, work.quantize)
     passing = _passing(network.sizes, work)
     parts = {
         "libraries": libraries,
@@ -118,10 +117,11 @@ def learning(
 ) -> dict[str, int]:
     """The peak of a training in bytes and its parts; `learn`: parameters that do, `held`: bytes of the weights."""
     total = network.weights.total
+    made = 0  # of what is there before the weights are as they are to be
     if held is None:
-        base = {"full": 4 * total, "lora": work.number * total}
-        held = base.get(work.method) or anatomy.weight_bytes(network.weights)["int4"]
-        held += 0 if work.method == "full" else 4 * learn
+        form = (work.quantize or "int4") if work.method == "qlora" else None
+        held = 4 * total if work.method == "full" else _held(network, work, form) + 4 * learn
+        made = _loading(network.weights, work, held) if form and work.mapped else 0
         # Autocast keeps the weights in 16 bits beside those in 32 while it goes forward.
         held += 2 * network.weights.linear_count if work.method == "full" and work.number == 2 else 0
     layer = round(work.tokens * kept(network, work.length) * work.number)
@@ -139,7 +139,17 @@ def learning(
     }
     with_logits = (inputs if work.recompute else activations) + parts["logits"] + head
     moving = round(SLACK * max(with_logits, activations, parts["gradients"] + layer))
-    return {"peak": libraries + held + parts["optimizer"] + moving, **parts}
+    return {"peak": libraries + max(made, held + parts["optimizer"] + moving), **parts}
+
+
+def _held(network: Network, work: Work, form: Literal["int8", "int4"] | None) -> int:
+    """Bytes of weights that do not learn."""
+    if form is None:
+        return work.number * network.weights.total
+    codes, rest = network.weights.linear[form], network.weights.total - network.weights.linear_count
+    # Scales and offsets, a fifth of int4, are in the dtype that is computed in, and so is what is no linear layer.
+    scales = codes // 5 if form == "int4" else 0
+    return codes - scales + scales * work.number // 2 + work.number * rest
 
 
 def kept(network: Network, length: int) -> float:
@@ -211,8 +221,7 @@ def operations(network: Network, work: Work) -> dict[str, Any]:
 
 def token_bytes(network: Network, work: Work) -> int:
     """Bytes that are read to generate one more token of each row: the weights of all matrices and the cache."""
-    all_of_it = anatomy.weight_bytes(network.weights)
-    held = all_of_it[work.quantize] if work.quantize else work.number * network.weights.total
+    held = _held(network, work, work.quantize)
     share = min(1.0, network.weights.matrices / max(1, network.weights.total))
     return round(held * share) + _cache(network, work)
 
@@ -262,6 +271,7 @@ def _changes(work: Work) -> list[Change]:
             ("--recompute", {"recompute": True}),
             (f"--lora {work.rank}", {"method": "lora"}),
             half,
+            (f"{COPY} --quantize int4", {"method": "qlora", "quantize": "int4", "copied": True}),
         ]
     word = f"{COPY} --convert --dtype bfloat16"
     copy: Change = (word, {"dtype": work.dtype if work.number == 2 else "bfloat16", "copied": True})

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from textgen_cli.config import ModelConfig
-from textgen_cli.errors import ModelError, OutOfMemory, UsageError
+from textgen_cli.errors import ModelError, OutOfMemory
 from textgen_cli.events import Notice, Progress, Report
-from textgen_cli.model import attention, device, pack, quantize, reading
+from textgen_cli.model import attention, change, device, pack, quantize, reading
 from textgen_cli.model.check import Checked, check_folder
 from textgen_cli.model.device import Placement, Purpose
 from textgen_cli.model.family import FAMILIES as FAMILIES
@@ -78,10 +78,6 @@ def load(
     Raises ModelError (unusable), SafetyError (refused), NetworkError (cannot be fetched), OutputError (cache),
     OutOfMemory and UsageError (name or device).
     """
-    if config.quantize and purpose == "finetune":
-        raise UsageError(
-            "E-QUANTIZE", "--quantize", "is for models that run; training needs the weights as they are"
-        )
     placement = device.place(config, purpose)
     located = locate(config, report)
     checked = check_folder(located.folder)
@@ -95,9 +91,13 @@ def load(
     report(Progress("load", located.label))
     family = _family(checked.config, located.label, head)
     quiet()
-    if quantize.form_of(checked.config) is not None:
-        _check_quantized(config, purpose, located.label)
-    net = _adapted(_network(family, located, checked, placement, head), located, config, report)
+    trains = purpose == "finetune"
+    form = quantize.form_of(checked.config)
+    plan = change.plan(config, form, located, report, trains=trains)
+    # What is to be quantised need never be whole in the device's own memory.
+    at_first = replace(placement, device=torch.device("cpu")) if config.quantize else placement
+    net = _network(family, located, checked, at_first, head)
+    net = change.made(net, plan, located.label, placement.device, report)
     if hasten and purpose not in ("explain", "finetune"):
         _hasten(net)
     generation = _own_generation(net)
@@ -115,6 +115,7 @@ def load(
         context=_shortest(_context(net), stamp.limit if stamp and purpose != "finetune" else None),
         generation=generation,
         stamp=stamp,
+        quantized=form or config.quantize,
     )
 
 
@@ -127,16 +128,9 @@ def bare(config: ModelConfig, report: Report) -> Any:
         raise ModelError("E-QUANTIZE", located.label, "has quantised weights already")
     report(Progress("load", located.label))
     quiet()
+    plan = change.plan(replace(config, quantize=None), None, located, report)
     net = _network(family_of(checked.config, located.label), located, checked, placement, None)
-    return _adapted(net, located, replace(config, quantize=None), report).to("cpu")
-
-
-def _check_quantized(config: ModelConfig, purpose: Purpose, name: str) -> None:
-    """Quantised weights of a folder run, and that is all."""
-    if purpose == "finetune":
-        raise ModelError("E-QUANTIZE", name, "has quantised weights, which cannot learn")
-    if config.adapter:
-        raise ModelError("E-QUANTIZE", name, "has quantised weights, to which no adapter can be added")
+    return change.made(net, plan, located.label, torch.device("cpu"), report)
 
 
 def _family(config: dict[str, Any], name: str, head: Head | None) -> Family:
@@ -243,25 +237,6 @@ def _is_of(dtype: torch.dtype, net: Any) -> bool:
     """Whether all that a network holds in floating point is of this dtype: nothing of it stays in float32."""
     kinds = {tensor.dtype for tensor in net.state_dict().values() if tensor.is_floating_point()}
     return kinds == {dtype} and not net._keep_in_fp32_modules_strict
-
-
-def _adapted(net: Any, located: Located, config: ModelConfig, report: Report) -> Any:
-    """The network with its adapters merged or its weights quantised."""
-    try:
-        if config.adapter:
-            from textgen_cli.model import adapter  # peft costs seconds
-
-            net = adapter.apply(net, config.adapter, located, config, report)
-        if config.quantize:
-            quantize.apply(net, config.quantize, located.label, report)
-        quantize.arrange(net)
-    except (RuntimeError, MemoryError) as error:
-        if not device.out_of_memory(error):
-            raise
-        raise OutOfMemory(
-            "E-MEMORY", located.label, "does not fit into memory while it is changed"
-        ) from error
-    return net
 
 
 def _hasten(net: Any) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from textgen_cli.model.device import Placement
 from textgen_cli.model.family import Family as Family
@@ -24,3 +24,4 @@ class Model:
     context: int | None  # longest input in tokens
     generation: dict[str, Any]  # the model's own generation settings, unchecked
     stamp: Stamp | None = None  # what finetune trained it for, where it did
+    quantized: Literal["int8", "int4"] | None = None  # the form of its linear layers

@@ -3,14 +3,16 @@
 Owns the formats, the layer that computes with them, and what config.json says of a folder that has them. Such a
 folder holds the codes in plain order; that of a processor's kernels is made when it is loaded. On a CPU in bfloat16
 torch's own kernels multiply the packed weights; everywhere else a layer is turned back block by block while it is
-used, which saves memory and not time. It does not know how a model is loaded.
+used, which saves memory and not time. Codes do not learn, but pass gradients on to what learns beside them: QLoRA
+(Dettmers et al. 2023, https://arxiv.org/abs/2305.14314). It does not know how a model is loaded.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -43,6 +45,7 @@ class QuantizedLinear(nn.Module):
         self, weight: torch.Tensor, bias: torch.Tensor | None, form: Format, *, arranged: bool = True
     ) -> None:
         super().__init__()
+        self.kind: type[nn.Linear | Conv1D] = nn.Linear  # what it stands in the place of
         self.out_features, self.in_features = weight.shape
         self.form = form
         self.way: Way = "kernel"
@@ -59,12 +62,13 @@ class QuantizedLinear(nn.Module):
         else:
             self.weight = self.weight[None]  # (1, N, ...): no other program can take the codes for weights
 
-    def arrange(self) -> None:
-        """Bring the codes into the order of the kernels, where there are some for this place and dtype."""
+    def arrange(self, *, kernels: bool = True) -> None:
+        """Bring the codes into an order to compute with: of the kernels where there are some for this place and dtype,
+        which know no gradient."""
         if self.weight.dim() == 3:
             self.weight = self.weight[0]
         fast = self.weight.device.type == "cpu" and self.scale.dtype == torch.bfloat16
-        if self.kernel or not fast or (self.form == "int4" and self.out_features % TILE):
+        if self.kernel or not (fast and kernels) or (self.form == "int4" and self.out_features % TILE):
             return
         if self.form == "int4":
             pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
@@ -73,10 +77,14 @@ class QuantizedLinear(nn.Module):
         self.kernel = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., K) -> (..., N), in the dtype of x."""
+        """(..., K) -> (..., N), in the dtype of x, or in that of autocast."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         flat = x.reshape(-1, self.in_features)
         y: torch.Tensor
-        if self.kernel and self.form == "int4" and self.way != "turned back":
+        if not self.kernel and flat.requires_grad and torch.is_grad_enabled():
+            y = _Product.apply(flat, self)  # type: ignore[no-untyped-call]  # torch's
+        elif self.kernel and self.form == "int4" and self.way != "turned back":
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(
                 flat, self.weight.view(torch.uint8), GROUP, self.scale
             )
@@ -92,6 +100,16 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.form}"
+
+    def dense(self) -> nn.Linear | Conv1D:
+        """The layer that it stands for with the weights that its codes mean; not for codes in a kernel's order."""
+        weight = torch.cat([self._meant(rows) for rows in self._blocks()])  # (N, K)
+        with torch.device("meta"):
+            plain = self.kind is nn.Linear
+            found = nn.Linear(*weight.shape[::-1]) if plain else Conv1D(*weight.shape)
+        found.weight = nn.Parameter(weight if plain else weight.t().contiguous())
+        found.register_parameter("bias", None if self.bias is None else nn.Parameter(self.bias))
+        return found
 
     def _blocks(self) -> Iterator[slice]:
         step = max(TILE, BLOCK // self.in_features // TILE * TILE)
@@ -127,6 +145,24 @@ class QuantizedLinear(nn.Module):
                 y[:, rows] = nn.functional.linear(flat, self._plain(rows).to(flat.dtype))
         return y
 
+    def _gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """(M, N) -> (M, K): of the inputs, from that of the outputs; sums of blocks in float32."""
+        found = grad.new_zeros(grad.shape[0], self.in_features, dtype=torch.float32)
+        for rows in self._blocks():
+            if self.form == "int8":
+                found += (grad[:, rows] * self.scale[rows]) @ self.weight[rows].to(grad.dtype)
+            else:
+                found += grad[:, rows] @ self._plain(rows).to(grad.dtype)
+        return found.to(grad.dtype)
+
+    def _meant(self, rows: slice) -> torch.Tensor:
+        """Rows of the weights, (n, K), in the dtype of the scales; not in a kernel's order."""
+        return (
+            self._plain(rows)
+            if self.form == "int4"
+            else self.weight[rows].to(self.scale.dtype) * self.scale[rows, None]
+        )
+
     def _plain(self, rows: slice) -> torch.Tensor:
         """int4: rows of the weights; from a kernel's order they come rounded to bfloat16."""
         if self.kernel:
@@ -147,17 +183,31 @@ class QuantizedLinear(nn.Module):
         return torch.stack([packed & 15, packed >> 4], dim=2).view(packed.shape[0], -1)
 
 
-def apply(net: Any, form: Format, name: str, report: Report, *, arranged: bool = True) -> None:
+class _Product(torch.autograd.Function):
+    """x W^T with a gradient for x alone: weights are turned back once more for it, so that none is kept till then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return layer._turned_back(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.layer._gradient(grad), None
+
+
+def apply(net: Any, form: Format, name: str, report: Report, but: Collection[str] = ()) -> None:
     """Replace the linear layers of a network, its head included, by quantised ones; one layer at a time.
 
-    Embedding tables stay as they are; a head that shares its table gets a quantised copy. `arranged`: for running
-    here, else for a folder. Raises ModelError E-QUANTIZE where the weights are quantised already or there is no
-    linear layer.
+    Embedding tables stay as they are, as do layers named in `but`; a head that shares its table gets a quantised copy.
+    The codes are as in a folder: `arrange` is to follow. Raises ModelError E-QUANTIZE where the weights are quantised
+    already or there is no linear layer.
     """
     if getattr(net.config, "quantization_config", None) is not None:
         raise ModelError("E-QUANTIZE", name, "comes with quantised weights already", hint="drop --quantize")
     before = _bytes(net)
-    made = _replace(net, form, arranged=arranged)
+    made = _replace(net, form, but)
     if not made:
         raise ModelError("E-QUANTIZE", name, "has no linear layer that could be quantised")
     wide = sum(layer.form != form for layer in made)
@@ -169,18 +219,42 @@ def apply(net: Any, form: Format, name: str, report: Report, *, arranged: bool =
     )
 
 
-def _replace(net: Any, form: Format, *, arranged: bool) -> list[QuantizedLinear]:
+def _replace(net: Any, form: Format, but: Collection[str] = ()) -> list[QuantizedLinear]:
     """Put a quantised layer in the place of each linear one; on the device "meta" they hold nothing yet."""
     made = []
     for path in [path for path, module in net.named_modules() if type(module) in (nn.Linear, Conv1D)]:
         parent, _, child = path.rpartition(".")
+        if child in but:
+            continue
         owner = net.get_submodule(parent)
         layer = getattr(owner, child)
         weight = layer.weight.detach() if type(layer) is nn.Linear else layer.weight.detach().t().contiguous()
         fits = form == "int8" or weight.shape[1] % GROUP == 0
-        made.append(QuantizedLinear(weight, layer.bias, form if fits else "int8", arranged=arranged).eval())
+        made.append(QuantizedLinear(weight, layer.bias, form if fits else "int8", arranged=False).eval())
+        made[-1].kind = type(layer)
         setattr(owner, child, made[-1])
     return made
+
+
+def layers(net: Any) -> dict[str, QuantizedLinear]:
+    """The quantised layers of a network by name."""
+    return {name: module for name, module in net.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def stood_for(net: Any) -> int:
+    """How many parameters the codes of a network stand for, with the biases beside them."""
+    found = layers(net).values()
+    return sum(one.out_features * (one.in_features + (one.bias is not None)) for one in found)
+
+
+def restore(net: Any) -> None:
+    """Put plain layers in the place of all quantised ones, with the weights that their codes mean."""
+    for path, layer in layers(net).items():
+        parent, _, child = path.rpartition(".")
+        setattr(net.get_submodule(parent), child, layer.dense())
+    for owner, name in ((net, "hf_quantizer"), (net, "is_quantized"), (net.config, "quantization_config")):
+        if name in vars(owner):
+            delattr(owner, name)
 
 
 # --- folders with quantised weights
@@ -205,11 +279,10 @@ def form_of(config: Mapping[str, Any]) -> Format | None:
     return form
 
 
-def arrange(net: Any) -> None:
-    """Bring all quantised layers of a network into the order of the kernels here."""
-    for module in net.modules():
-        if isinstance(module, QuantizedLinear):
-            module.arrange()
+def arrange(net: Any, *, kernels: bool = True) -> None:
+    """Bring the codes of a network into an order to compute with; without `kernels` gradients pass through it."""
+    for layer in layers(net).values():
+        layer.arrange(kernels=kernels)
 
 
 @register_quantization_config(METHOD)
@@ -229,7 +302,7 @@ class _Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         config: Any = self.quantization_config
-        _replace(model, config.form, arranged=False)
+        _replace(model, config.form)
         for target in list(model.all_tied_weights_keys):  # a quantised head shares no table
             if isinstance(model.get_submodule(target.rpartition(".")[0]), QuantizedLinear):
                 del model.all_tied_weights_keys[target]
@@ -239,7 +312,7 @@ class _Quantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # beside them; the library asks it only of those that have an adapter
 
 
 def _bytes(net: Any) -> int:

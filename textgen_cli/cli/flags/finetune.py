@@ -48,6 +48,12 @@ FINETUNE: dict[str, Opt] = {
     "lora_alpha": Opt(LEARNING, "Strength of the adapter; twice its rank where not given.", metavar="X"),
     "lora_dropout": Opt(LEARNING, "Share of the adapter's inputs that are dropped.", metavar="X"),
     "lora_targets": Opt(LEARNING, "Names of the layers that get one; all linear ones.", metavar="A,B,C"),
+    "finetune.quantize": Opt(
+        LEARNING,
+        "QLoRA: hold the weights beside which the adapter learns in int8 or int4.",
+        metavar="FORMAT",
+        complete=words("int8", "int4"),
+    ),
     "rslora": Opt(LEARNING, "Divide alpha by the root of the rank."),
     "dora": Opt(LEARNING, "Learn directions and lengths of the weights apart."),
     "merge": Opt(LEARNING, "Fold the adapter into the weights, and prove that nothing else changed."),

@@ -93,6 +93,9 @@ def load(
     quiet()
     trains = purpose == "finetune"
     form = quantize.form_of(checked.config)
+    if form and head is not None and head.family in HEADS:
+        fact = "has quantised weights, among which no new head can learn"
+        raise ModelError("E-QUANTIZE", located.label, fact, hint="take the plain model with --quantize")
     plan = change.plan(config, form, located, report, trains=trains)
     # A GPU that holds an adapter's training beside codes may be too small for the weights that they are made of.
     at_first = replace(placement, device=torch.device("cpu")) if config.quantize and trains else placement

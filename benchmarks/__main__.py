@@ -35,7 +35,7 @@ def main() -> int:
         "names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; none: all of them"
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds; for a look, not for a figure")
-    parser.add_argument("--only", metavar="ROW", help="one row of one benchmark; finetune: or speed")
+    parser.add_argument("--only", metavar="ROW", help="one row of one benchmark; finetune: or speed, trl")
     args = parser.parse_args()
     if unknown := set(args.names) - BENCHMARKS.keys():
         parser.error(f"no benchmark is called {min(unknown)}")

@@ -190,11 +190,17 @@ def test_a_plain_adapter_is_still_quantised_with_its_base(small_model: Small, tm
     assert told(events) == [] and not any(hasattr(module, "lora_A") for module in net.modules())
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "t5"])  # heads that share the table; matrices the other way round
-def test_merged_it_is_a_plain_model_that_says_the_same(kind: str, small_model: Small, tmp_path: Path) -> None:
+# Heads that share the table; matrices the other way round; a table that has an adapter of its own.
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("gpt2", None), ("t5", None), ("llama", "embed_tokens,q_proj,lm_head")]
+)
+def test_merged_it_is_a_plain_model_that_says_the_same(
+    kind: str, targets: str | None, small_model: Small, tmp_path: Path
+) -> None:
     model, task = small_model(kind), TASKS[kind]
     for merge in (False, True):
-        trained(model, tmp_path / str(merge), "int4", task=task, way={"merge": merge})
+        way = {"merge": merge, "lora_targets": targets}
+        trained(model, tmp_path / str(merge), "int4", task=task, way=way)
     whole = AUTO[task].from_pretrained(tmp_path / "True", dtype=torch.float32)
     config = ModelConfig(str(model), quantize="int4", adapter=(str(tmp_path / "False"),), dtype="float32")
     beside = load(config, "score", silent).net
@@ -222,6 +228,8 @@ def test_a_quantised_copy_is_as_good_a_base(small_model: Small, tmp_path: Path) 
     alike(load(beside, "score", silent).net, theirs)
     with pytest.raises(ModelError, match="E-QUANTIZE"):
         fit(configured(copy, tmp_path / "whole"), [], prepared("clm"), silent)
+    with pytest.raises(ModelError, match="no new head"):
+        trained(copy, tmp_path / "judge", None, task="text-classification")
     merged = trained(copy, tmp_path / "merged", None, way={"merge": True})
     whole = AUTO["clm"].from_pretrained(merged, dtype=torch.float32)
     alike(whole, theirs)

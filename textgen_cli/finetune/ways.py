@@ -250,8 +250,9 @@ def _turn_back(net: Any) -> None:
     """Plain weights in the place of codes, under the adapter's layers, which have to know how theirs stand."""
     quantize.restore(net.get_base_model())
     for module in net.modules():
-        if hasattr(module, "fan_in_fan_out"):
-            module.fan_in_fan_out = isinstance(module.get_base_layer(), Conv1D)
+        under = module.get_base_layer() if hasattr(module, "fan_in_fan_out") else None
+        if isinstance(under, torch.nn.Linear | Conv1D):
+            module.fan_in_fan_out = isinstance(under, Conv1D)
 
 
 @torch.no_grad()

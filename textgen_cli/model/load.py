@@ -93,9 +93,12 @@ def load(
     quiet()
     trains = purpose == "finetune"
     form = quantize.form_of(checked.config)
+    if form and head is not None and head.family in HEADS:
+        fact = "has quantised weights, among which no new head can learn"
+        raise ModelError("E-QUANTIZE", located.label, fact, hint="take the plain model with --quantize")
     plan = change.plan(config, form, located, report, trains=trains)
-    # What is to be quantised need never be whole in the device's own memory.
-    at_first = replace(placement, device=torch.device("cpu")) if config.quantize else placement
+    # A GPU that holds an adapter's training beside codes may be too small for the weights that they are made of.
+    at_first = replace(placement, device=torch.device("cpu")) if config.quantize and trains else placement
     net = _network(family, located, checked, at_first, head)
     net = change.made(net, plan, located.label, placement.device, report)
     if hasten and purpose not in ("explain", "finetune"):

@@ -50,6 +50,8 @@ class Course(Trainer):
     def __init__(
         self, base: Base, store: Store, encoded: Encoded, config: TrainingConfig, group: Group, **rest: Any
     ) -> None:
+        # What the library changes of the network: its forward pass, its settings.
+        self.given = vars(base.net).get("forward"), getattr(base.net.config, "use_cache", None)
         super().__init__(
             model=base.net,
             train_dataset=encoded.train,
@@ -109,6 +111,16 @@ class Course(Trainer):
             self.accelerator._models.clear()
             vars(self.model).pop("_is_accelerate_prepared", None)
         self.state.log_history.clear()
+
+    def release(self) -> None:
+        """Leave the network as it was given: without the half precision that was put around it."""
+        forward, cached = self.given
+        for name in ("forward", "_original_forward"):
+            vars(self.base.net).pop(name, None)
+        if forward is not None:
+            self.base.net.forward = forward
+        if cached is not None:
+            self.base.net.config.use_cache = cached
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         step = self.state.global_step

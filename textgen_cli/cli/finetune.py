@@ -38,8 +38,6 @@ DataArgument = Annotated[
     ),
 ]
 
-# What accelerate tells the processes that it starts -> its option.
-DIVIDED = {"ACCELERATE_USE_FSDP": "--use_fsdp", "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed"}
 TURN = 10.0  # seconds in which the first of several processes has told what is wrong
 
 
@@ -55,7 +53,7 @@ def finetune(config: FinetuneConfig, data: DataArgument = None) -> None:
     if config.output is None and not config.data.check:
         raise UsageError("E-USAGE", "textgen finetune", "no folder for the model", hint="give one: -o DIR")
     with _in_turn(), training(config.verbose) as view:
-        _undivided()
+        _division()
         report: Report = view if _speaks() else silent
         if config.data.check:
             _check(config, inputs, report, view.stop)
@@ -103,15 +101,11 @@ def _in_turn() -> Iterator[None]:
         raise
 
 
-def _undivided() -> None:
-    """Refuse a launcher that would divide the weights among the processes: each of ours saves and speaks as if it had
-    all of them."""
-    for name, option in DIVIDED.items():
-        if os.environ.get(name, "").lower() in ("1", "true"):
-            fact = "divides the weights among the processes; each must hold all of them"
-            raise UsageError(
-                "E-CONFLICT", f"accelerate launch {option}", fact, hint="leave it out, or use --lora"
-            )
+def _division() -> None:
+    """Refuse a launcher that would divide the weights in a way that we cannot, before a row is read."""
+    from textgen_cli.finetune.division import asked
+
+    asked()
 
 
 def _speaks() -> bool:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import transformers
 from parts.training import configured, prepared
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
 from textgen_cli.errors import UsageError
 from textgen_cli.events import silent
@@ -45,6 +46,7 @@ def _parted(tmp_path: Path) -> Iterator[Group]:
         (ASKED | {"FSDP_VERSION": "1"}, "--use_fsdp"),
         (ASKED | {"FSDP_OFFLOAD_PARAMS": "true"}, "--fsdp_offload_params"),
         (ASKED | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--fsdp_activation_checkpointing"),
+        (ASKED | {"FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, "--fsdp_reshard_after_forward full_shard"),
         (ASKED | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "--fsdp_auto_wrap_policy SIZE_BASED_WRAP"),
     ],
 )
@@ -83,8 +85,8 @@ def test_what_the_launcher_asks_for(
 WAYS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("clm", "llama", {}, {}),
     ("clm", "llama", {"lora": 4, "merge": True}, {"recompute": True}),
-    ("seq2seq", "t5", {}, {"accumulate": 2}),
-    ("question-answering", "bert", {"freeze": 1}, {}),
+    ("seq2seq", "t5", {}, {"accumulate": 2, "epochs": 1}),
+    ("question-answering", "bert", {"freeze": 1}, {"learning_rate": 5e-2, "epochs": 4}),
 ]
 
 
@@ -143,16 +145,30 @@ def test_layers_that_are_not_there_are_refused(parted: Group) -> None:
         divide(small(), Division(("LlamaDecoderLayer",)), 1, CPU)
 
 
-def test_the_whole_is_what_was_divided(parted: Group) -> None:
+LAYERS = {"BartEncoderLayer", "BartDecoderLayer"}
+# All embeddings have one weight in common, so none of them can be apart.
+NAMED = ("BartScaledWordEmbedding", "BartEncoderLayer")
+
+
+@pytest.mark.parametrize(
+    ("layers", "alone"),
+    [(None, LAYERS), ((), set()), (NAMED, {"BartEncoderLayer"})],
+    ids=["all", "none", "named"],
+)
+def test_the_whole_is_what_was_divided(
+    layers: tuple[str, ...] | None, alone: set[str], parted: Group
+) -> None:
     net = small()
     state = {name: value.clone() for name, value in net.state_dict().items()}
-    frame = divide(net, Division(), 1, CPU)
+    frame = divide(net, Division(layers), 1, CPU)
+    found = {type(module).__name__ for module in net.modules() if isinstance(module, FSDPModule)}
+    assert found == {f"FSDP{name}" for name in alone | {"BartForConditionalGeneration"}}
     net(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None])  # leaves whole weights behind
     assert own(net).keys() == {name for name, _ in frame.named_parameters()}
-    found = whole(net, frame, here=True)
-    assert found.state_dict().keys() == state.keys()
-    assert all(torch.equal(value, state[name]) for name, value in found.state_dict().items())
-    assert found.lm_head.weight is found.model.shared.weight
+    again = whole(net, frame, here=True)
+    assert again.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+    assert again.lm_head.weight is again.model.shared.weight
 
 
 class Row(torch.nn.Module):

@@ -16,7 +16,7 @@ from textgen_cli.cli.console import Output, require_stdout, was_closed
 from textgen_cli.cli.live import training
 from textgen_cli.cli.options import command
 from textgen_cli.config.finetune import FinetuneConfig
-from textgen_cli.errors import InputError, TextgenError, UsageError
+from textgen_cli.errors import InputError, UsageError
 from textgen_cli.events import Report, silent
 from textgen_cli.text.figures import flat, shown
 
@@ -92,10 +92,11 @@ def _inputs(data: list[Path]) -> list[Path]:
 
 @contextmanager
 def _in_turn() -> Iterator[None]:
-    """Leave it to the first process to tell what stops all of them: whoever started them ends the others then."""
+    """Leave it to the first process to tell what stops all of them, or what breaks off when it ends: whoever started
+    them ends the others then."""
     try:
         yield
-    except TextgenError:
+    except Exception:
         if not _speaks():
             time.sleep(TURN)
         raise

@@ -29,7 +29,7 @@ def divide(net: Any, division: Division, size: int, device: torch.device) -> Any
     frame = _frame(net)
     mesh = init_device_mesh(device.type, (size,))
     try:
-        for layer in _layers(net, division):
+        for layer in _unshared(net, _layers(net, division)):
             layer.register_forward_hook(_apart)
             fully_shard(layer, mesh=mesh, reshard_after_forward=division.reshard)
         fully_shard(net, mesh=mesh)
@@ -68,6 +68,17 @@ def _stacked(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield from child
         else:
             yield from _stacked(child)
+
+
+def _unshared(net: Any, layers: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The layers that have no weight in common with what is outside of them: divided apart, it would be two."""
+    place = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
+    users: dict[int, set[int | None]] = {}
+    for module in net.modules():
+        for p in module.parameters(recurse=False):
+            users.setdefault(id(p), set()).add(place.get(id(module)))
+    shared = {number for found in users.values() if len(found) > 1 for number in found}
+    return [layer for number, layer in enumerate(layers) if number not in shared]
 
 
 def _apart(_module: Any, _given: Any, output: Any) -> Any:

@@ -11,12 +11,18 @@ from textgen_cli.errors import UsageError
 FSDP = "ACCELERATE_USE_FSDP"
 LAUNCHER = "accelerate launch"
 
-# What accelerate tells the processes that it starts -> its option.
+# What accelerate tells the processes that it starts -> its option, and what speaks against it.
+OTHER = "divides the weights in a way that is not supported"
 REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed",
-    "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "--use_parallelism_config",
+    "ACCELERATE_USE_DEEPSPEED": (
+        "--use_deepspeed",
+        "its checkpoints are pickles that could run code when they are read",
+    ),
+    "ACCELERATE_USE_MEGATRON_LM": ("--use_megatron_lm", OTHER),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("--use_parallelism_config", OTHER),
 }
+ON, OFF = ("1", "true"), ("0", "false")
+INSTEAD = "use --use_fsdp --fsdp_version 2"
 # Settings of FSDP that are switched on -> the option, and what to do instead.
 WITHOUT = {
     "FSDP_OFFLOAD_PARAMS": ("--fsdp_offload_params", "leave it out"),
@@ -34,12 +40,9 @@ class Division:
 
 def asked() -> Division | None:
     """What the launcher asks for; None: each process holds the whole network. UsageError E-CONFLICT."""
-    for name, option in REFUSED.items():
+    for name, (option, fact) in REFUSED.items():
         if _on(name):
-            fact = "divides the weights in a way that is not supported"
-            raise UsageError(
-                "E-CONFLICT", f"{LAUNCHER} {option}", fact, hint="use --use_fsdp --fsdp_version 2"
-            )
+            raise UsageError("E-CONFLICT", f"{LAUNCHER} {option}", fact, hint=INSTEAD)
     if not _on(FSDP):
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -47,7 +50,11 @@ def asked() -> Division | None:
     for name, (option, hint) in WITHOUT.items():
         if _on(name):
             raise UsageError("E-CONFLICT", f"{LAUNCHER} {option}", "is not supported", hint=hint)
-    return Division(_layers(), os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ON)
+    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
+    if reshard not in ON + OFF:
+        option = f"{LAUNCHER} --fsdp_reshard_after_forward {reshard}"
+        raise UsageError("E-CONFLICT", option, "is of version 1", hint="true or false")
+    return Division(_layers(), reshard in ON)
 
 
 def _layers() -> tuple[str, ...] | None:
@@ -66,9 +73,6 @@ def taken() -> Division | None:
     found = asked()
     os.environ.pop(FSDP, None)
     return found
-
-
-ON = ("1", "true")
 
 
 def _on(name: str) -> bool:

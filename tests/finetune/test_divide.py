@@ -140,6 +140,13 @@ def test_layers_that_are_left_out_by_chance_are_refused(parted: Group) -> None:
         divide(small(encoder_layerdrop=0.1), Division(), 1, CPU)
 
 
+def test_packed_weights_are_refused(parted: Group) -> None:
+    net = small()
+    net.lm_head.scale = torch.nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UsageError, match=r"E-CONFLICT.*lm_head\.scale is of a kind that cannot"):
+        divide(net, Division(), 1, CPU)
+
+
 def test_layers_that_are_not_there_are_refused(parted: Group) -> None:
     with pytest.raises(UsageError, match=r"E-CONFLICT.*LlamaDecoderLayer: the model has no such layers"):
         divide(small(), Division(("LlamaDecoderLayer",)), 1, CPU)

@@ -41,10 +41,15 @@ def divide(net: Any, division: Division, size: int, device: torch.device) -> Any
 
 
 def _divisible(net: Any) -> None:
-    """Layers that a process leaves out by chance are not gathered there, and the others would wait for ever."""
+    """Refuse layers that a process leaves out by chance: they are not gathered there, and the others would wait for
+    ever. And weights in a form that has no rows of numbers, such as packed ones."""
     for name, value in net.config.to_dict().items():
         if "layerdrop" in name and value:
             fact = f"the model leaves layers out by chance ({name} {value})"
+            raise UsageError("E-CONFLICT", f"{LAUNCHER} --use_fsdp", fact)
+    for name, p in net.named_parameters():
+        if type(p) is not torch.nn.Parameter or not p.is_floating_point():
+            fact = f"{name} is of a kind that cannot be divided ({type(p).__name__}, {p.dtype})"
             raise UsageError("E-CONFLICT", f"{LAUNCHER} --use_fsdp", fact)
 
 

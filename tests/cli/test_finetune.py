@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from parts.program import Done, Program
 
-from textgen_cli.cli import live
+from textgen_cli.cli import finetune, live
 from textgen_cli.cli.console import Reporter
 from textgen_cli.events import Event, Measured, Notice, Progress
 
@@ -104,6 +105,18 @@ def test_one_of_several_processes_speaks(program: Run, work: Path) -> None:
     done = program(work, "finetune", "-", "--check", stdin=piped, WORLD_SIZE="2")
     assert done.returncode == 2
     assert b"[E-CONFLICT] -: several processes cannot share" in done.stderr
+
+
+def test_what_breaks_off_where_another_process_ends_is_told_by_that_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    for number in ("0", "1"):
+        monkeypatch.setenv("RANK", number)
+        with pytest.raises(RuntimeError, match="closed by peer"), finetune._in_turn():
+            raise RuntimeError("connection closed by peer")
+    assert slept == [finetune.TURN]
 
 
 @pytest.mark.parametrize("option", ["--use_fsdp", "--use_deepspeed"])

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow  # each run imports torch three times
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
 # The launchers as the guide has them, each as words.
-TORCHRUN, ACCELERATE = (
+TORCHRUN, ACCELERATE, DIVIDED = (
     found.split() for found in re.findall(r"^((?:torchrun|accelerate) .*)-m textgen_cli", GUIDE, re.MULTILINE)
 )
 FREE_PORT = ("--main_process_port", "0")
@@ -56,6 +56,16 @@ def start(folder: Path, launcher: Sequence[str], *args: str) -> subprocess.Popen
     )  # fmt: skip
 
 
+def stopped_at(started: subprocess.Popen[str], folder: Path) -> None:
+    """Ask the launcher to end all when a checkpoint is there."""
+    until = time.monotonic() + 120
+    while not folder.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    started.send_signal(signal.SIGTERM)
+    out, told = started.communicate(timeout=60)
+    assert started.returncode and out == "", told
+
+
 def log(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -86,14 +96,8 @@ def test_one_speaks(work: Path) -> None:
 
 
 def test_a_signal_to_all_saves_once_and_the_same_weights_come(work: Path) -> None:
-    done = start(work, TORCHRUN, *SETTINGS, "-o", "broken")
     partial = work / "broken.partial"
-    until = time.monotonic() + 120
-    while not (partial / "checkpoint-10").exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    done.send_signal(signal.SIGTERM)
-    out, told = done.communicate(timeout=60)
-    assert done.returncode and out == "", told
+    stopped_at(start(work, TORCHRUN, *SETTINGS, "-o", "broken"), partial / "checkpoint-10")
     kept = checkpoint.Store(work / "broken").checkpoints()
     assert kept and all(checkpoint.damage(folder) is None for folder in kept)
     assert {path.name for path in kept[-1].glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
@@ -102,6 +106,48 @@ def test_a_signal_to_all_saves_once_and_the_same_weights_come(work: Path) -> Non
     for name, value in load_file(work / "two" / "model.safetensors").items():
         assert torch.equal(value, load_file(work / "broken" / "model.safetensors")[name])
     assert not partial.exists()
+
+
+def test_weights_in_parts_are_learnt_as_whole_ones_are_and_survive_a_signal(work: Path) -> None:
+    parted = [*DIVIDED, *FREE_PORT]
+    done = start(work, parted, *SETTINGS, "-o", "parts", "-v")
+    out, told = done.communicate(timeout=170)
+    assert (done.returncode, out) == (0, f"{work / 'parts'}\n"), told
+    said = [line for line in told.splitlines() if line.startswith("textgen:")]
+    assert len(said) == len(set(said)) > 5
+    for name in ("loss", "eval_perplexity", "grad_norm"):
+        whole, parts = ([line[name] for line in log(work / out) if name in line] for out in ("two", "parts"))
+        assert len(parts) == len(whole) > 2 and parts == pytest.approx(whole, rel=1e-4)
+    weights = load_file(work / "parts" / "model.safetensors")
+    for name, value in load_file(work / "two" / "model.safetensors").items():
+        torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=0)
+    assert names(work / "parts") == names(work / "two") and shown(work / "parts") == shown(work / "two") != []
+
+    done = start(work, parted, *SETTINGS, "-o", "hurt")
+    stopped_at(done, work / "hurt.partial" / "checkpoint-10")
+    kept = checkpoint.Store(work / "hurt").checkpoints()
+    assert kept and all(checkpoint.damage(folder) is None for folder in kept)
+    shares = [weighs(load_file(kept[-1] / f"weights_{number}.safetensors")) for number in (0, 1)]
+    assert sum(shares) == weighs(weights) and shares[0] == pytest.approx(sum(shares) / 2, rel=0.01)
+    moments = [torch.load(kept[-1] / f"optimizer_{number}.pt")["state"].values() for number in (0, 1)]
+    assert [sum(one["exp_avg"].numel() for one in state) for state in moments] == shares
+    again = start(work, parted, *SETTINGS, "-o", "hurt", "--resume")
+    assert again.communicate(timeout=170)[0] == f"{work / 'hurt'}\n" and again.returncode == 0
+    for name, value in load_file(work / "hurt" / "model.safetensors").items():
+        assert torch.equal(value, weights[name])
+
+
+def names(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir())
+
+
+def shown(out: Path) -> list[str]:
+    """The texts in the tables of a report, samples of before and after among them."""
+    return re.findall(r'<td dir="auto">([^<]*)</td>', (out / "report.html").read_text())
+
+
+def weighs(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(value.numel() for value in tensors.values())
 
 
 def test_accelerate_starts_it_too_and_bad_data_are_told_once(work: Path) -> None:

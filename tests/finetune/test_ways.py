@@ -21,6 +21,7 @@ from textgen_cli.finetune import packing
 from textgen_cli.finetune.encode import encode
 from textgen_cli.finetune.run import fit
 from textgen_cli.finetune.ways import merged, open_base
+from textgen_cli.model import device
 from textgen_cli.model.load import load
 from textgen_cli.model.pack import PackedLinear
 from textgen_cli.model.tokenizer import Tokenizer
@@ -67,6 +68,21 @@ def test_a_merged_adapter_says_the_same(small_model: Small, tmp_path: Path) -> N
         theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "False")).eval()(ids).logits
     torch.testing.assert_close(found, theirs, atol=1e-4, rtol=1e-4)
     assert not list((tmp_path / "True").glob("adapter*"))
+
+
+@pytest.mark.skipif(not device.cpu_has_bfloat16(), reason="this CPU has no bfloat16 arithmetic")
+def test_an_adapter_of_half_precision_is_merged_in_full(small_model: Small, tmp_path: Path) -> None:
+    settings = {"epochs": 4, "learning_rate": 3e-3}
+    config = configured(
+        small_model("llama"),
+        tmp_path / "out",
+        way={"lora": 4, "merge": True},
+        training=settings,
+        base={"dtype": "bfloat16"},
+    )
+    out = fit(config, [], prepared("clm"), silent)
+    assert all(value.dtype == torch.float32 for value in load_file(out / "model.safetensors").values())
+    assert json.loads((out / "config.json").read_text()).get("use_cache", True)
 
 
 def test_a_merge_that_changes_what_is_said_fails(

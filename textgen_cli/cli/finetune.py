@@ -16,7 +16,7 @@ from textgen_cli.cli.console import Output, require_stdout, was_closed
 from textgen_cli.cli.live import training
 from textgen_cli.cli.options import command
 from textgen_cli.config.finetune import FinetuneConfig
-from textgen_cli.errors import InputError, TextgenError, UsageError
+from textgen_cli.errors import InputError, UsageError
 from textgen_cli.events import Report, silent
 from textgen_cli.text.figures import flat, shown
 
@@ -38,8 +38,6 @@ DataArgument = Annotated[
     ),
 ]
 
-# What accelerate tells the processes that it starts -> its option.
-DIVIDED = {"ACCELERATE_USE_FSDP": "--use_fsdp", "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed"}
 TURN = 10.0  # seconds in which the first of several processes has told what is wrong
 
 
@@ -55,7 +53,7 @@ def finetune(config: FinetuneConfig, data: DataArgument = None) -> None:
     if config.output is None and not config.data.check:
         raise UsageError("E-USAGE", "textgen finetune", "no folder for the model", hint="give one: -o DIR")
     with _in_turn(), training(config.verbose) as view:
-        _undivided()
+        _division()
         report: Report = view if _speaks() else silent
         if config.data.check:
             _check(config, inputs, report, view.stop)
@@ -94,24 +92,21 @@ def _inputs(data: list[Path]) -> list[Path]:
 
 @contextmanager
 def _in_turn() -> Iterator[None]:
-    """Leave it to the first process to tell what stops all of them: whoever started them ends the others then."""
+    """Leave it to the first process to tell what stops all of them, or what breaks off when it ends: whoever started
+    them ends the others then."""
     try:
         yield
-    except TextgenError:
+    except Exception:
         if not _speaks():
             time.sleep(TURN)
         raise
 
 
-def _undivided() -> None:
-    """Refuse a launcher that would divide the weights among the processes: each of ours saves and speaks as if it had
-    all of them."""
-    for name, option in DIVIDED.items():
-        if os.environ.get(name, "").lower() in ("1", "true"):
-            fact = "divides the weights among the processes; each must hold all of them"
-            raise UsageError(
-                "E-CONFLICT", f"accelerate launch {option}", fact, hint="leave it out, or use --lora"
-            )
+def _division() -> None:
+    """Refuse a launcher that would divide the weights in a way that we cannot, before a row is read."""
+    from textgen_cli.finetune.division import asked
+
+    asked()
 
 
 def _speaks() -> bool:

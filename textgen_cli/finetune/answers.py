@@ -82,7 +82,9 @@ def _at_rest(net: Any) -> Iterator[None]:
     was_training = net.training
     net.eval()
     try:
-        with torch.inference_mode():
+        with (
+            torch.no_grad()
+        ):  # not inference_mode: what it leaves of gathered weights could not learn any more
             yield
     finally:
         net.train(was_training)

@@ -14,13 +14,14 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from textgen_cli.config.finetune import TrainingConfig
 from textgen_cli.errors import ModelError, OutputError
+from textgen_cli.finetune import divide
 from textgen_cli.finetune.checkpoint import Store
 from textgen_cli.finetune.encode import Encoded
 from textgen_cli.finetune.group import Group
 from textgen_cli.finetune.ways import Base, save_net
 from textgen_cli.model import device
 
-STATE = "trainer_state.json"
+STATE, SCHEDULER = "trainer_state.json", "scheduler.pt"
 
 
 class ByLength(Sampler[int]):
@@ -45,11 +46,17 @@ class ByLength(Sampler[int]):
 
 
 class Course(Trainer):
-    """A Trainer that saves whole checkpoints, stops at a loss that is no number and leaves its random state alone."""
+    """A Trainer that saves whole checkpoints, stops at a loss that is no number and leaves its random state alone.
+
+    Where a group divides the weights, it is given a network that is divided already.
+    """
 
     def __init__(
         self, base: Base, store: Store, encoded: Encoded, config: TrainingConfig, group: Group, **rest: Any
     ) -> None:
+        # What the library changes of the network: its forward pass, its settings.
+        self.given = vars(base.net).get("forward"), getattr(base.net.config, "use_cache", None)
+        self.group, self.divided = group, group.division is not None
         super().__init__(
             model=base.net,
             train_dataset=encoded.train,
@@ -57,7 +64,11 @@ class Course(Trainer):
             data_collator=encoded.collate,
             **rest,
         )
-        self.base, self.store, self.keep, self.group = base, store, config.keep, group
+        self.base, self.store, self.keep = base, store, config.keep
+        if self.divided:
+            # A network whose parts are in place is not to be copied to every process; precision alone is to be set.
+            self.accelerator.prepare_model(base.net, device_placement=False, evaluation_mode=True)
+            base.net._is_accelerate_prepared = True
         self.by_length = (config.order or ("random" if base.fresh else "length")) == "length"
         self.lengths = encoded.lengths
         # Others take the number of tokens and leave it aside: accumulated batches would count N times.
@@ -105,19 +116,29 @@ class Course(Trainer):
     def begin_anew(self) -> None:
         """Forget that the network was made ready to be evaluated: the library would take it as ready to learn, and
         of several processes each would go its own way without a word."""
-        if self.group.size > 1:
+        if self.group.size > 1 and not self.divided:
             self.accelerator._models.clear()
             vars(self.model).pop("_is_accelerate_prepared", None)
         self.state.log_history.clear()
 
+    def release(self) -> None:
+        """Leave the network as it was given: without the half precision that was put around it."""
+        forward, cached = self.given
+        for name in ("forward", "_original_forward"):
+            vars(self.base.net).pop(name, None)
+        if forward is not None:
+            self.base.net.forward = forward
+        if cached is not None:
+            self.base.net.config.use_cache = cached
+
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         step = self.state.global_step
-        if not all(p.isfinite().all() for p in self.base.net.parameters() if p.requires_grad):
+        if self.group.largest(not all(part.isfinite().all() for part in divide.own(self.base.net).values())):
             raise diverged(self.base.name, step)
         self.store_flos()
         try:
             with self._saving(step) as folder:
-                if self.group.leads:
+                if self.group.leads and not self.divided:
                     save_net(self.model, folder)
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_scaler(str(folder))
@@ -131,6 +152,39 @@ class Course(Trainer):
             # torch and safetensors have errors of their own for a disk that is full
             fact = f"checkpoint of step {step}: {str(error).partition(chr(10))[0]}"
             raise OutputError("E-WRITE", str(self.store.folder), fact, hint=_AGAIN) from error
+
+    # --- where each process has a part of the weights
+
+    def _move_model_to_device(self, *args: Any) -> None:
+        if not self.divided:
+            super()._move_model_to_device(*args)
+
+    def create_optimizer(self, *args: Any) -> Any:
+        divide.own(self.base.net)  # an evaluation may have left whole weights behind
+        return super().create_optimizer(*args)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.divided:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        divide.save_own(self.model, self.optimizer, Path(output_dir), self.group.number)
+        scheduler: Any = self.lr_scheduler
+        if self.group.leads:
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.divided:
+            divide.load_own(self.model, Path(resume_from_checkpoint), self.group.number)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.divided or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        divide.load_moments(self.optimizer, Path(checkpoint), self.group.number)
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 
     @contextmanager
     def _saving(self, step: int) -> Iterator[Path]:

@@ -14,6 +14,9 @@ import accelerate
 import torch
 import torch.distributed as dist
 
+from textgen_cli.finetune import division
+from textgen_cli.finetune.division import Division
+
 T = TypeVar("T")
 PATIENCE = timedelta(days=30)  # of those that wait while one works; who dies ends the others
 
@@ -24,6 +27,7 @@ class Group:
 
     number: int = 0
     size: int = 1
+    division: Division | None = None  # of the weights; None: each process has all of them
     channel: Any = None  # of their own words: on the CPU, whatever the gradients go through
 
     @property
@@ -59,10 +63,12 @@ ALONE = Group()
 @contextmanager
 def joined(cpu: bool) -> Iterator[Group]:
     """Meet the processes that were started with this one. `cpu`: gradients are exchanged there."""
+    parts = division.taken()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
     # It takes the device of this process and opens the connection as the Trainer will find it.
     state = accelerate.PartialState(cpu=cpu)
-    yield Group(state.process_index, state.num_processes, dist.new_group(backend="gloo", timeout=PATIENCE))
+    channel = dist.new_group(backend="gloo", timeout=PATIENCE)
+    yield Group(state.process_index, state.num_processes, parts, channel)
     dist.destroy_process_group()

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from textgen_cli.config.finetune import FinetuneConfig
 from textgen_cli.errors import ResumeError, UsageError
 from textgen_cli.events import Notice, Report
-from textgen_cli.finetune import export, packing, scratch
+from textgen_cli.finetune import divide, export, packing, scratch
 from textgen_cli.finetune.answers import final as final_figures
 from textgen_cli.finetune.checkpoint import RESTART, STAMP, Found, Store, check_output, open_store, tidy
 from textgen_cli.finetune.encode import DEFAULT_LENGTH, Encoded, encode
@@ -45,7 +47,7 @@ def _fit(
 ) -> Path:
     check_tracker(config.training.report_to)
     out = _output(config, group)
-    known = fingerprint(config, prepared, report) | {"processes": group.size}
+    known = fingerprint(config, prepared, report) | _group(group)
     run_hash = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     if config.resume and group.first(group.leads and _finished(out, run_hash)):
         if group.leads:
@@ -111,6 +113,7 @@ def _train(
     report(Notice(f"{len(encoded.train):,} rows of {parts.length:,} tokens at most, {rows} in a batch"))
     if not base.fresh and group.leads:
         sample_before(store.folder, prepared, by)
+    frame = _divided(base, group)
     measures = evaluation(prepared)
     trained = train(
         base,
@@ -124,6 +127,9 @@ def _train(
         lambda: final_figures(prepared, by, report),
         group,
     )
+    if group.division is not None:
+        base = replace(base, net=divide.whole(base.net, frame, here=group.leads), device=torch.device("cpu"))
+        by = answerer(base, parts.length)
     if not group.leads:
         return
     base = merged(base, encoded, report) if config.way.merge else base
@@ -132,6 +138,19 @@ def _train(
         base, export.stamp_of(base, prepared, parts.length, config.data.source_prefix, parts.run), final
     )
     tell(final, store.folder, config, inputs, prepared, base, by, trained, measures.tables, export.versions())
+
+
+def _group(group: Group) -> dict[str, Any]:
+    """What of the processes decides the weights; checkpoints of divided ones are other ones besides."""
+    return {"processes": group.size} | ({} if group.division is None else {"divided": True})
+
+
+def _divided(base: Base, group: Group) -> Any:
+    """The empty frame of a network that is now divided among the processes; None where each has all of it."""
+    group.wait()  # for the first one's samples
+    if group.division is None:
+        return None
+    return divide.divide(base.net, group.division, group.size, base.device)
 
 
 def _output(config: FinetuneConfig, group: Group) -> Path:

@@ -30,7 +30,7 @@ from textgen_cli.model import device
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training ended; the network holds the best weights."""
+    """How a training ended; the network holds the best weights and is otherwise as it was given."""
 
     step: int  # that they are of
     last: int  # steps done
@@ -102,6 +102,7 @@ def train(
                 stop.agree()
                 with stop.opened():
                     after = _figures(course, measure_more) if encoded.valid is not None else {}
+            course.release()
         except Stopped:
             _save_now(course)
             stop.pass_on()

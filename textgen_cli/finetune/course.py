@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from textgen_cli.config.finetune import TrainingConfig
 from textgen_cli.errors import ModelError, OutputError
+from textgen_cli.events import Notice, Report
 from textgen_cli.finetune.checkpoint import Store
 from textgen_cli.finetune.encode import Encoded
 from textgen_cli.finetune.group import Group
+from textgen_cli.finetune.headloss import Spared, proved
 from textgen_cli.finetune.ways import Base, save_net
 from textgen_cli.model import device
 
@@ -48,7 +50,14 @@ class Course(Trainer):
     """A Trainer that saves whole checkpoints, stops at a loss that is no number and leaves its random state alone."""
 
     def __init__(
-        self, base: Base, store: Store, encoded: Encoded, config: TrainingConfig, group: Group, **rest: Any
+        self,
+        base: Base,
+        store: Store,
+        encoded: Encoded,
+        config: TrainingConfig,
+        group: Group,
+        report: Report,
+        **rest: Any,
     ) -> None:
         super().__init__(
             model=base.net,
@@ -65,6 +74,27 @@ class Course(Trainer):
         self.chance: Any = None  # its state after the last whole step
         self.measured: tuple[int, dict[str, float]] | None = None  # the last evaluation, and after which step
         self.settled = False  # the network holds the best weights, not the last
+        self.spared = self._spare(encoded.train, report)
+
+    def _spare(self, rows: Any, report: Report) -> Spared | None:
+        """The network without its logits, where it is one that speaks and is proved to learn the same so."""
+        if self.base.family not in ("causal", "masked"):
+            return None
+        batch = self._prepare_inputs(dict(self.data_collator([rows[0]])))
+        found, why = proved(self.base.net, batch, self.model_accepts_loss_kwargs)
+        if found is None:
+            report(Notice(f"{self.base.name}: all logits of a batch are held at once: {why}"))
+        else:
+            self.preprocess_logits_for_metrics = lambda told, labels: told
+        return found
+
+    def _without_logits(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.spared is None else self.spared.instead()
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_logits():
+            loss, logits, labels = super().prediction_step(*args, **kwargs)
+        return loss, logits if self.spared is None else self.spared.told, labels
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if len(set(self.lengths)) == 1 or not self.by_length:
@@ -73,7 +103,8 @@ class Course(Trainer):
         return ByLength(self.lengths, rows, self.args.seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+        with self._without_logits():
+            loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise diverged(self.base.name, self.state.global_step + 1)
         return loss

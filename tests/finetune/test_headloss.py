@@ -17,6 +17,7 @@ from textgen_cli.events import Event, Measured, Notice
 from textgen_cli.finetune import headloss
 from textgen_cli.finetune.headloss import Spared, proved, surprisal
 from textgen_cli.finetune.run import fit
+from textgen_cli.model import cost
 
 Small = Callable[..., Path]
 V, D = 61, 12
@@ -120,6 +121,10 @@ def test_the_logits_of_a_batch_are_never_there(spared: bool, monkeypatch: pytest
     weights = 400 * 48  # the head's, whose gradient has to be
     assert (largest.numbers <= weights) == spared
     assert spared or largest.numbers == 4 * 32 * 400
+
+
+def test_the_estimate_knows_how_many_are_there() -> None:
+    assert cost.LEARNT == headloss.CHUNK
 
 
 SIZES: dict[str, Any] = {
@@ -238,7 +243,7 @@ def test_curves_are_the_same_with_and_without(
     found, told = [], []
     for spared in (True, False):
         if not spared:
-            monkeypatch.setattr("textgen_cli.finetune.course.proved", lambda *_: (None, "a test"))
+            monkeypatch.setattr("textgen_cli.finetune.thrift.proved", lambda *_: (None, "a test"))
         events: list[Event] = []
         config = configured(
             base, tmp_path / str(spared), way=way, training=training | {"learning_rate": 1e-3}

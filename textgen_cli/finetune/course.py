@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from textgen_cli.config.finetune import TrainingConfig
 from textgen_cli.errors import ModelError, OutputError
-from textgen_cli.events import Notice, Report
+from textgen_cli.events import Report
+from textgen_cli.finetune import thrift
 from textgen_cli.finetune.checkpoint import Store
 from textgen_cli.finetune.encode import Encoded
 from textgen_cli.finetune.group import Group
-from textgen_cli.finetune.headloss import Spared, proved
 from textgen_cli.finetune.ways import Base, save_net
 from textgen_cli.model import device
 
@@ -74,27 +74,19 @@ class Course(Trainer):
         self.chance: Any = None  # its state after the last whole step
         self.measured: tuple[int, dict[str, float]] | None = None  # the last evaluation, and after which step
         self.settled = False  # the network holds the best weights, not the last
-        self.spared = self._spare(encoded.train, report)
-
-    def _spare(self, rows: Any, report: Report) -> Spared | None:
-        """The network without its logits, where it is one that speaks and is proved to learn the same so."""
-        if self.base.family not in ("causal", "masked"):
-            return None
-        batch = self._prepare_inputs(dict(self.data_collator([rows[0]])))
-        found, why = proved(self.base.net, batch, self.model_accepts_loss_kwargs)
-        if found is None:
-            report(Notice(f"{self.base.name}: all logits of a batch are held at once: {why}"))
-        else:
+        first = self._prepare_inputs(dict(encoded.collate([encoded.train[0]])))
+        self.thrift = thrift.found(base, first, self.model_accepts_loss_kwargs, config.recompute, report)
+        if self.thrift.spared is not None:
             self.preprocess_logits_for_metrics = lambda told, labels: told
-        return found
 
-    def _without_logits(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.spared is None else self.spared.instead()
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with self.thrift.holding():
+            return super().compute_loss(*args, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._without_logits():
+        with self.thrift.measuring():
             loss, logits, labels = super().prediction_step(*args, **kwargs)
-        return loss, logits if self.spared is None else self.spared.told, labels
+        return loss, logits if self.thrift.spared is None else self.thrift.spared.told, labels
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if len(set(self.lengths)) == 1 or not self.by_length:
@@ -103,7 +95,7 @@ class Course(Trainer):
         return ByLength(self.lengths, rows, self.args.seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self._without_logits():
+        with self.thrift.learning():
             loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise diverged(self.base.name, self.state.global_step + 1)

@@ -29,7 +29,7 @@ NEAR = 1e-4  # of the loss, and ten times as much of the length of a gradient, m
 PROBE = 16  # tokens of a row that it is proved with
 
 # How a network fails whose forward makes another thing of its head's answer than most.
-_UNFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+UNFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 class _Surprisal(torch.autograd.Function):
@@ -134,7 +134,7 @@ class Spared:
     @contextmanager
     def instead(self) -> Iterator[None]:
         """Until the end of the block the network's logits are its hidden states, and its loss is right all the same."""
-        with _replaced(self.head, "forward", _as_it_is), _replaced(self.net, "loss_function", self.loss):
+        with replaced(self.head, "forward", _as_it_is), replaced(self.net, "loss_function", self.loss):
             yield
 
     def loss(
@@ -174,7 +174,7 @@ def _as_it_is(hidden: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _replaced(thing: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(thing: Any, name: str, value: Any) -> Iterator[None]:
     """An attribute of a network for the time of a block; a method is given back to its class."""
     kept = dict(vars(thing))
     setattr(thing, name, value)
@@ -212,7 +212,7 @@ def proved(whole: Any, batch: Mapping[str, torch.Tensor], counts: bool) -> tuple
     before, learning = device.random_state(), whole.training
     try:
         same = _agree(found, whole.eval(), asked, False) and _agree(found, whole.train(), asked, True)
-    except _UNFIT as error:
+    except UNFIT as error:
         if device.out_of_memory(error):
             raise
         same = False
@@ -244,7 +244,7 @@ def _agree(found: Spared, whole: Any, asked: Mapping[str, Any], large: bool) -> 
     answers = []
     for spare in (False, True):
         handed: list[torch.Tensor] = []
-        way = found.instead() if spare else _replaced(found.head, "forward", lambda x: _whole(found.head, x))
+        way = found.instead() if spare else replaced(found.head, "forward", lambda x: _whole(found.head, x))
         with found.head.register_forward_pre_hook(hand), way, torch.enable_grad():
             loss = whole(**asked).loss
             wanted = [*handed, *(one for one in found.head.parameters() if one.requires_grad)]

@@ -92,7 +92,7 @@ JOBS: dict[str, list[str]] = {
     "finetune": ["data.txt", "--format", "lines", "--max-length", "192", "--truncate", "--batch-size", "2",
                  "--max-steps", "2", "--valid-share", "0", "-o", "out"],
 }  # fmt: skip
-LORA = ("--lora", "16", "--recompute")
+LORA = (("--lora", "16"), ("--lora", "16", "--recompute"))
 
 
 @pytest.mark.slow
@@ -115,8 +115,9 @@ def test_estimated_peaks_are_those_of_the_program(
         (2, 192) if job == "finetune" else (1, len(byte_tokenizer()(TEXT[:1400])["input_ids"]) + 8)
     )
     cases: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in MODELS]
-    for name, more in [*cases, *([("llama", LORA)] if job == "finetune" else [])]:
-        work = Work(job, batch, length, "float32", method="lora" if more else "full", recompute=bool(more))
+    for name, more in [*cases, *(("llama", more) for more in LORA if job == "finetune")]:
+        recompute = "--recompute" in more
+        work = Work(job, batch, length, "float32", method="lora" if more else "full", recompute=recompute)
         told = cost.memory(network_of(inspect(ModelConfig(str(models[name])), silent)), work, libraries)
         # Beside little else, the freed blocks that the allocator keeps weigh more.
         near = 0.2 if more else 0.15

@@ -14,7 +14,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from textgen_cli.config.finetune import TrainingConfig
 from textgen_cli.errors import ModelError, OutputError
-from textgen_cli.finetune import divide
+from textgen_cli.events import Report
+from textgen_cli.finetune import divide, thrift
 from textgen_cli.finetune.checkpoint import Store
 from textgen_cli.finetune.encode import Encoded
 from textgen_cli.finetune.group import Group
@@ -52,7 +53,14 @@ class Course(Trainer):
     """
 
     def __init__(
-        self, base: Base, store: Store, encoded: Encoded, config: TrainingConfig, group: Group, **rest: Any
+        self,
+        base: Base,
+        store: Store,
+        encoded: Encoded,
+        config: TrainingConfig,
+        group: Group,
+        report: Report,
+        **rest: Any,
     ) -> None:
         # What the library changes of the network: its forward pass, its settings.
         self.given = vars(base.net).get("forward"), getattr(base.net.config, "use_cache", None)
@@ -76,6 +84,21 @@ class Course(Trainer):
         self.chance: Any = None  # its state after the last whole step
         self.measured: tuple[int, dict[str, float]] | None = None  # the last evaluation, and after which step
         self.settled = False  # the network holds the best weights, not the last
+        self.thrift = thrift.Thrift()
+        if not self.divided:  # else a layer's weights are whole in its own forward alone
+            first = self._prepare_inputs(dict(encoded.collate([encoded.train[0]])))
+            self.thrift = thrift.found(base, first, self.model_accepts_loss_kwargs, config.recompute, report)
+        if self.thrift.spared is not None:
+            self.preprocess_logits_for_metrics = lambda told, labels: told
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with self.thrift.holding():
+            return super().compute_loss(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.thrift.measuring():
+            loss, logits, labels = super().prediction_step(*args, **kwargs)
+        return loss, logits if self.thrift.spared is None else self.thrift.spared.told, labels
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if len(set(self.lengths)) == 1 or not self.by_length:
@@ -84,7 +107,8 @@ class Course(Trainer):
         return ByLength(self.lengths, rows, self.args.seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+        with self.thrift.learning():
+            loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise diverged(self.base.name, self.state.global_step + 1)
         return loss

@@ -48,6 +48,7 @@ def _course(
     evaluation: Evaluation,
     voice: Voice,
     rows: int,
+    report: Report,
 ) -> Course:
     group = voice.stop.group
     args = arguments(config, base, rows, len(encoded.train), store.folder, group.size)
@@ -60,6 +61,7 @@ def _course(
         encoded,
         config,
         group,
+        report,
         args=args,
         callbacks=[voice],
         compute_metrics=evaluation,
@@ -93,7 +95,7 @@ def train(
         told.begin_log(store.folder, found.step if found else 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        course = _course(base, encoded, config, store, evaluation, voice, rows)
+        course = _course(base, encoded, config, store, evaluation, voice, rows, report)
         began = time.monotonic()
         try:
             with stop.listening():

@@ -14,9 +14,10 @@ Learning, of P parameters in float32 of which R learn:
     weights     4·P; 2·P where an adapter learns beside weights in bfloat16; codes for QLoRA, which are made of such
     optimizer   8·R: the two moments of AdamW
     gradients   4·R: they grow while the way back takes activations away
-    activations what each layer keeps for the way back (`kept`), or with gradient checkpointing its input alone and one
-                layer whole, which is there when the logits are gone
-    logits      B·T·V·12: log-softmax and two gradients in float32; 0 where a head is small
+    activations what each layer keeps for the way back (`kept`, `kept_beside` an adapter), or with gradient
+                checkpointing its input alone and one layer whole, which is there when the logits are gone
+    logits      12 bytes each: log-softmax and two gradients in float32; LEARNT of B·T·V at one time where the network
+                learns without all of them, as causal ones do but for those that bound them; 0 where a head is small
 
     peak = libraries + weights + optimizer + 1.25 · max(activations + logits + head's gradient, gradients + one layer)
 
@@ -39,6 +40,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # names of safetensors
 SCORED_TOKENS = 2048  # of a batch that score computes at once, where no text has more
 SCORED_LOGITS = 2_000_000 * 4 * 4  # bytes: `head.CHUNK` logits in float32, and what is made of them
+LEARNT = 8_000_000  # logits of a training at one time: what finetune's headloss.py has as CHUNK
 RANK = 16
 SLACK = 1.25  # what comes and goes at every step leaves holes that the allocator keeps; measured on CPUs
 
@@ -124,7 +126,9 @@ def learning(
         made = _loading(network.weights, work, held) if form and work.mapped else 0
         # Autocast keeps the weights in 16 bits beside those in 32 while it goes forward.
         held += 2 * network.weights.linear_count if work.method == "full" and work.number == 2 else 0
-    layer = round(work.tokens * kept(network, work.length) * work.number)
+    lean = work.method == "lora" and not work.recompute
+    of_token = (kept_beside if lean else kept)(network, work.length)
+    layer = round(work.tokens * of_token * work.number)
     stream = work.tokens * network.sizes.hidden * work.number
     inputs = network.layers * stream
     activations = inputs + layer if work.recompute else network.layers * layer
@@ -135,7 +139,7 @@ def learning(
         "optimizer": 8 * learn,
         "gradients": 4 * learn,
         "activations": activations,
-        "logits": work.tokens * network.vocabulary * 12,
+        "logits": 12 * _learnt_logits(network, work),
     }
     with_logits = (inputs if work.recompute else activations) + parts["logits"] + head
     moving = round(SLACK * max(with_logits, activations, parts["gradients"] + layer))
@@ -152,13 +156,37 @@ def _held(network: Network, work: Work, form: Literal["int8", "int4"] | None) ->
     return codes - scales + scales * work.number // 2 + work.number * rest
 
 
+def _learnt_logits(network: Network, work: Work) -> int:
+    """That are there at once."""
+    whole = work.tokens * network.vocabulary
+    bound = anatomy.inner_config(network.config).get("final_logit_softcapping")
+    return whole if network.family != "causal" or bound else min(whole, max(LEARNT, network.vocabulary))
+
+
+def _matrix(network: Network, length: int) -> float:
+    """Numbers of a token for which attention that drops weights, as no kernel does, keeps the matrix of T·T."""
+    own, found = anatomy.inner_config(network.config), network.sizes
+    dropped = any(isinstance(own.get(name), float) and own[name] > 0 for name in _ATTENTION_DROPOUTS)
+    return 2.25 * found.heads * length + 4.5 * found.hidden if dropped else 0  # and scaled queries and keys
+
+
+def kept_beside(network: Network, length: int) -> float:
+    """As `kept`, beside an adapter, where results of norms, activations and gates are made again.
+
+    What goes into two norms; queries, keys, values and what attention makes of them, twice; one or two widths within.
+    """
+    found = network.sizes
+    attention = found.heads * (found.key + 2 * found.value) + found.kv_heads * (found.key + found.value)
+    stream = 2 * found.hidden + attention + _matrix(network, length)
+    crossed = (attention + found.hidden) * found.layers / network.layers if found.encoder_layers else 0
+    return stream + crossed + (2 if network.weights.gated else 1) * found.inner
+
+
 def kept(network: Network, length: int) -> float:
     """Numbers that a layer keeps of a token for the way back, with rows of so many tokens."""
     own, found = anatomy.inner_config(network.config), network.sizes
-    dropped = any(isinstance(own.get(name), float) and own[name] > 0 for name in _ATTENTION_DROPOUTS)
     rooted = "rms_norm_eps" in own or "t5" in str(own.get("model_type"))
-    # Where attention drops weights, no kernel does without the matrix of T·T; nor without scaled queries and keys.
-    matrix = 2.25 * found.heads * length + 4.5 * found.hidden if dropped else 0
+    matrix = _matrix(network, length)
     stream = (9.5 + rooted) * found.hidden
     crossed = (matrix + 7 * found.hidden) * found.layers / network.layers if found.encoder_layers else 0
     act = str(next((own[name] for name in _ACTIVATIONS if own.get(name)), None))

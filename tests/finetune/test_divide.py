@@ -21,7 +21,7 @@ from textgen_cli.finetune import run
 from textgen_cli.finetune.divide import divide, own, whole
 from textgen_cli.finetune.division import Division, asked, taken
 from textgen_cli.finetune.group import ALONE, Group
-from textgen_cli.model import device
+from textgen_cli.model import device, quantize
 
 Small = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -144,6 +144,13 @@ def test_packed_weights_are_refused(parted: Group) -> None:
     net = small()
     net.lm_head.scale = torch.nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(UsageError, match=r"E-CONFLICT.*lm_head\.scale is of a kind that cannot"):
+        divide(net, Division(), 1, CPU)
+
+
+def test_codes_are_refused(parted: Group) -> None:
+    net = small()
+    quantize.apply(net, "int8", "small", silent)
+    with pytest.raises(UsageError, match=r"E-CONFLICT.*--quantize"):
         divide(net, Division(), 1, CPU)
 
 

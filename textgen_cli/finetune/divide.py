@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from textgen_cli.errors import UsageError
 from textgen_cli.finetune.division import LAUNCHER, Division
+from textgen_cli.model.quantize import QuantizedLinear
 
 
 def divide(net: Any, division: Division, size: int, device: torch.device) -> Any:
@@ -47,6 +48,9 @@ def _divisible(net: Any) -> None:
         if "layerdrop" in name and value:
             fact = f"the model leaves layers out by chance ({name} {value})"
             raise UsageError("E-CONFLICT", f"{LAUNCHER} --use_fsdp", fact)
+    if any(isinstance(module, QuantizedLinear) for module in net.modules()):
+        fact = f"each process of {LAUNCHER} --use_fsdp would hold all codes"
+        raise UsageError("E-CONFLICT", "--quantize", fact, hint="leave one of them out")
     for name, p in net.named_parameters():
         if type(p) is not torch.nn.Parameter or not p.is_floating_point():
             fact = f"{name} is of a kind that cannot be divided ({type(p).__name__}, {p.dtype})"

@@ -8,6 +8,7 @@ for _name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK", "DISABL
 
 # Torch's CPU threads wait for one another by spinning. Where other programs want the same cores the one waited for
 # does not run, and the spinning takes its time: four to five times the wall time of a short answer on two busy
-# cores. Waiting asleep after a short spin costs a quiet machine next to nothing.
+# cores. So they sleep after a spin that is longer than the time between two products of a small network: being woken
+# for each of them costs a token a fifth of its time (docs/results.md).
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "8000")

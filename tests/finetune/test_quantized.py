@@ -177,7 +177,9 @@ def test_two_stand_beside_the_codes_with_their_weights(small_model: Small, tmp_p
             if isinstance(layer, LoraLayer):
                 layer.scaling["default"] *= weight
         base = base.merge_and_unload()
-    alike(load(config, "score", silent).net, logits(base))
+    net = load(config, "score", silent).net
+    assert any(hasattr(module, "lora_A") for module in net.modules())
+    alike(net, logits(base))
 
 
 def test_a_plain_adapter_is_still_quantised_with_its_base(small_model: Small, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def _step(plain: Callable[..., Any], kept: Kept, x: torch.Tensor, *args: Any, **
             return plain(given)
 
     cell = _Cell(x.detach(), x._version, make)
-    found: torch.Tensor = _Again.apply(x, cell)  # type: ignore[no-untyped-call]
+    found: torch.Tensor = _Again.apply(x, cell)  # type: ignore[no-untyped-call]  # torch's
     kept.tell(found, cell.result)
     return found
 
@@ -133,4 +133,4 @@ def tell_product(x: torch.Tensor, kept: Kept) -> None:
     node = x.grad_fn
     if node is not None and node.name() == "MulBackward0" and all(one for one, _ in node.next_functions):
         # Both have a gradient, so each is held for that of the other, and longer than their product.
-        kept.tell(x, lambda: node._saved_self * node._saved_other)  # type: ignore[attr-defined]
+        kept.tell(x, lambda: node._saved_self * node._saved_other)  # type: ignore[attr-defined]  # of this kind of node

@@ -82,9 +82,8 @@ def _at_rest(net: Any) -> Iterator[None]:
     was_training = net.training
     net.eval()
     try:
-        with (
-            torch.no_grad()
-        ):  # not inference_mode: what it leaves of gathered weights could not learn any more
+        # Not inference_mode: what it leaves of gathered weights could not learn any more.
+        with torch.no_grad():
             yield
     finally:
         net.train(was_training)

@@ -90,4 +90,4 @@ def _step(
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     down, up = module.lora_A[name].weight, module.lora_B[name].weight
-    return _Beside.apply(x, weight, base.bias, down, up, module.scaling[name], dtype)  # type: ignore[no-untyped-call]
+    return _Beside.apply(x, weight, base.bias, down, up, module.scaling[name], dtype)  # type: ignore[no-untyped-call]  # torch's

@@ -115,7 +115,7 @@ def surprisal(
     given: Any = (hidden, weight, bias)
     if not torch.is_grad_enabled():  # which cannot be told inside: no gradient is found then
         given = (None if one is None else one.detach() for one in given)
-    found: Any = _Surprisal.apply(*given, targets, torch.as_tensor(items, device=hidden.device))  # type: ignore[no-untyped-call]
+    found: Any = _Surprisal.apply(*given, targets, torch.as_tensor(items, device=hidden.device))  # type: ignore[no-untyped-call]  # torch's
     return found[0], found[1]
 
 

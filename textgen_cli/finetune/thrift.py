@@ -5,7 +5,7 @@ what is quickly made again (again.py). It knows no data but the row that the pro
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,27 +37,18 @@ class Thrift:
     def learning(self) -> Iterator[None]:
         """For a step forth and back."""
         with ExitStack() as stack:
-            if self.spared is not None:
-                stack.enter_context(self.spared.instead())
+            stack.enter_context(self.measuring())
             for module, forward in self.layers:
                 stack.enter_context(replaced(module, "forward", forward))
             yield
 
-    @contextmanager
-    def holding(self) -> Iterator[None]:
+    def holding(self) -> AbstractContextManager[None]:
         """For the way forth within it."""
-        with ExitStack() as stack:
-            if self.kept is not None:
-                stack.enter_context(self.kept.holding())
-            yield
+        return nullcontext() if self.kept is None else self.kept.holding()
 
-    @contextmanager
-    def measuring(self) -> Iterator[None]:
+    def measuring(self) -> AbstractContextManager[None]:
         """For a batch that nothing is learnt from."""
-        with ExitStack() as stack:
-            if self.spared is not None:
-                stack.enter_context(self.spared.instead())
-            yield
+        return nullcontext() if self.spared is None else self.spared.instead()
 
 
 def found(

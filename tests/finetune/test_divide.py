@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from textgen_cli.errors import UsageError
 from textgen_cli.events import silent
 from textgen_cli.finetune import run
-from textgen_cli.finetune.divide import divide, own, whole
+from textgen_cli.finetune.divide import divide, divisible, empty_frame, full, own, whole
 from textgen_cli.finetune.division import Division, asked, taken
 from textgen_cli.finetune.group import ALONE, Group
 from textgen_cli.model import device, quantize
@@ -39,7 +39,6 @@ def _parted(tmp_path: Path) -> Iterator[Group]:
 @pytest.mark.parametrize(
     ("variables", "option"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "--use_deepspeed"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "--use_megatron_lm"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "--use_parallelism_config"),
         ({"ACCELERATE_USE_FSDP": "true"}, "--use_fsdp"),
@@ -135,23 +134,23 @@ def small(**settings: Any) -> Any:
     return transformers.AutoModelForSeq2SeqLM.from_config(shape)
 
 
-def test_layers_that_are_left_out_by_chance_are_refused(parted: Group) -> None:
+def test_layers_that_are_left_out_by_chance_are_refused() -> None:
     with pytest.raises(UsageError, match=r"E-CONFLICT.*encoder_layerdrop 0\.1"):
-        divide(small(encoder_layerdrop=0.1), Division(), 1, CPU)
+        divisible(small(encoder_layerdrop=0.1), "launch")
 
 
-def test_packed_weights_are_refused(parted: Group) -> None:
+def test_packed_weights_are_refused() -> None:
     net = small()
     net.lm_head.scale = torch.nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(UsageError, match=r"E-CONFLICT.*lm_head\.scale is of a kind that cannot"):
-        divide(net, Division(), 1, CPU)
+        divisible(net, "launch")
 
 
-def test_codes_are_refused(parted: Group) -> None:
+def test_codes_are_refused() -> None:
     net = small()
     quantize.apply(net, "int8", "small", silent)
     with pytest.raises(UsageError, match=r"E-CONFLICT.*--quantize"):
-        divide(net, Division(), 1, CPU)
+        divisible(net, "launch")
 
 
 def test_layers_that_are_not_there_are_refused(parted: Group) -> None:
@@ -174,12 +173,13 @@ def test_the_whole_is_what_was_divided(
 ) -> None:
     net = small()
     state = {name: value.clone() for name, value in net.state_dict().items()}
-    frame = divide(net, Division(layers), 1, CPU)
+    frame = empty_frame(net)
+    divide(net, Division(layers), 1, CPU)
     found = {type(module).__name__ for module in net.modules() if isinstance(module, FSDPModule)}
     assert found == {f"FSDP{name}" for name in alone | {"BartForConditionalGeneration"}}
     net(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None])  # leaves whole weights behind
     assert own(net).keys() == {name for name, _ in frame.named_parameters()}
-    again = whole(net, frame, here=True)
+    again = whole(net, frame, full, here=True)
     assert again.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
     assert again.lm_head.weight is again.model.shared.weight

@@ -3,13 +3,15 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,13 +19,14 @@ import torch
 from parts.training import TEXTS
 from safetensors.torch import load_file
 
-from textgen_cli.finetune import checkpoint
+from textgen_cli.finetune import checkpoint, zero
+from textgen_cli.finetune.checkpoint import partial_of
 
 pytestmark = pytest.mark.slow  # each run imports torch three times
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
 # The launchers as the guide has them, each as words.
-TORCHRUN, ACCELERATE, DIVIDED = (
+TORCHRUN, ACCELERATE, FSDP, ZERO = (
     found.split() for found in re.findall(r"^((?:torchrun|accelerate) .*)-m textgen_cli", GUIDE, re.MULTILINE)
 )
 FREE_PORT = ("--main_process_port", "0")
@@ -51,7 +54,7 @@ def start(folder: Path, launcher: Sequence[str], *args: str) -> subprocess.Popen
     started = [scripts / launcher[0], *launcher[1:]] if launcher else [sys.executable]
     return subprocess.Popen(
         [*started, "-m", "textgen_cli", "finetune", *args],
-        cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -108,33 +111,91 @@ def test_a_signal_to_all_saves_once_and_the_same_weights_come(work: Path) -> Non
     assert not partial.exists()
 
 
-def test_weights_in_parts_are_learnt_as_whole_ones_are_and_survive_a_signal(work: Path) -> None:
-    parted = [*DIVIDED, *FREE_PORT]
-    done = start(work, parted, *SETTINGS, "-o", "parts", "-v")
+def sharded(folder: Path) -> list[int]:
+    """Weights in each process's part of a checkpoint of FSDP, whose moments are as many."""
+    shares = [weighs(load_file(folder / f"weights_{number}.safetensors").values()) for number in (0, 1)]
+    for number, share in enumerate(shares):
+        moments = torch.load(folder / f"optimizer_{number}.pt")["state"].values()
+        assert weighs(one["exp_avg"] for one in moments) == share
+    return shares
+
+
+def zeroed(folder: Path) -> list[int]:
+    """Weights in each process's part of a checkpoint of DeepSpeed, filled up to a whole number for each."""
+    kept = SimpleNamespace(_config=None)
+    zero.careful(kept)
+    parts = [
+        kept.checkpoint_engine.load(str(folder / f"zero_pp_rank_{number}_mp_rank_00_optim_states.pt"))
+        for number in (0, 1)
+    ]
+    return [
+        sum(found.numel() for name, found in named(part["optimizer_state_dict"]) if name == "exp_avg")
+        for part in parts
+    ]
+
+
+def named(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in nested lists and dicts, each with the nearest name above it."""
+    pairs = value.items() if isinstance(value, dict) else [("", one) for one in value]
+    for name, one in pairs:
+        if isinstance(one, torch.Tensor):
+            yield str(name), one
+        elif isinstance(one, dict | list | tuple):
+            yield from named(one)
+
+
+@pytest.mark.parametrize(("launcher", "parts"), [(FSDP, sharded), (ZERO, zeroed)], ids=["fsdp", "zero"])
+def test_weights_in_parts_are_learnt_as_whole_ones_are_and_survive_a_signal(
+    launcher: list[str], parts: Callable[[Path], list[int]], work: Path, request: pytest.FixtureRequest
+) -> None:
+    if launcher == ZERO:
+        pytest.importorskip("deepspeed")
+    parted, name = [*launcher, *FREE_PORT], request.node.callspec.id
+    done = start(work, parted, *SETTINGS, "-o", name, "-v")
     out, told = done.communicate(timeout=170)
-    assert (done.returncode, out) == (0, f"{work / 'parts'}\n"), told
+    assert (done.returncode, out) == (0, f"{work / name}\n"), told
     said = [line for line in told.splitlines() if line.startswith("textgen:")]
     assert len(said) == len(set(said)) > 5
-    for name in ("loss", "eval_perplexity", "grad_norm"):
-        whole, parts = ([line[name] for line in log(work / out) if name in line] for out in ("two", "parts"))
-        assert len(parts) == len(whole) > 2 and parts == pytest.approx(whole, rel=1e-4)
-    weights = load_file(work / "parts" / "model.safetensors")
+    for figure in ("loss", "eval_perplexity", "grad_norm"):
+        whole, found = ([line[figure] for line in log(work / out) if figure in line] for out in ("two", name))
+        assert len(found) == len(whole) > 2 and found == pytest.approx(whole, rel=1e-4)
+    weights = load_file(work / name / "model.safetensors")
+    for tensor, value in load_file(work / "two" / "model.safetensors").items():
+        torch.testing.assert_close(weights[tensor], value, atol=1e-5, rtol=0)
+    assert names(work / name) == names(work / "two") and shown(work / name) == shown(work / "two") != []
+
+    hurt = work / f"{name}-hurt"
+    kept = resumed(parted, hurt)
+    shares = parts(kept)
+    assert sum(shares) == pytest.approx(weighs(weights.values()), rel=0.01)
+    assert shares[0] == pytest.approx(sum(shares) / 2, rel=0.01)
+    for tensor, value in load_file(hurt / "model.safetensors").items():
+        assert torch.equal(value, weights[tensor])
+
+
+def resumed(launcher: Sequence[str], out: Path) -> Path:
+    """Train with a break behind the first checkpoint; returns a copy of the newest one of before."""
+    stopped_at(start(out.parent, launcher, *SETTINGS, "-o", out.name), partial_of(out) / "checkpoint-10")
+    kept = checkpoint.Store(out).checkpoints()
+    assert kept and all(checkpoint.damage(folder) is None for folder in kept)
+    copy = shutil.copytree(kept[-1], out.with_name(f"{out.name}-kept"))
+    again = start(out.parent, launcher, *SETTINGS, "-o", out.name, "--resume")
+    assert again.communicate(timeout=170)[0] == f"{out}\n" and again.returncode == 0
+    return copy
+
+
+def test_a_file_tells_deepspeed_how_to_divide(work: Path) -> None:
+    pytest.importorskip("deepspeed")
+    (work / "zero.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"})
+    )
+    by_file = ["--deepspeed_config_file" if word == "--zero_stage" else word for word in ZERO]
+    by_file[by_file.index("--deepspeed_config_file") + 1] = "zero.json"
+    kept = resumed([*by_file, *FREE_PORT], work / "by-file")
+    assert (kept / "mp_rank_00_model_states.pt").is_file()  # all weights in one: it is not stage 3
+    weights = load_file(work / "by-file" / "model.safetensors")
     for name, value in load_file(work / "two" / "model.safetensors").items():
         torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=0)
-    assert names(work / "parts") == names(work / "two") and shown(work / "parts") == shown(work / "two") != []
-
-    done = start(work, parted, *SETTINGS, "-o", "hurt")
-    stopped_at(done, work / "hurt.partial" / "checkpoint-10")
-    kept = checkpoint.Store(work / "hurt").checkpoints()
-    assert kept and all(checkpoint.damage(folder) is None for folder in kept)
-    shares = [weighs(load_file(kept[-1] / f"weights_{number}.safetensors")) for number in (0, 1)]
-    assert sum(shares) == weighs(weights) and shares[0] == pytest.approx(sum(shares) / 2, rel=0.01)
-    moments = [torch.load(kept[-1] / f"optimizer_{number}.pt")["state"].values() for number in (0, 1)]
-    assert [sum(one["exp_avg"].numel() for one in state) for state in moments] == shares
-    again = start(work, parted, *SETTINGS, "-o", "hurt", "--resume")
-    assert again.communicate(timeout=170)[0] == f"{work / 'hurt'}\n" and again.returncode == 0
-    for name, value in load_file(work / "hurt" / "model.safetensors").items():
-        assert torch.equal(value, weights[name])
 
 
 def names(out: Path) -> list[str]:
@@ -146,8 +207,8 @@ def shown(out: Path) -> list[str]:
     return re.findall(r'<td dir="auto">([^<]*)</td>', (out / "report.html").read_text())
 
 
-def weighs(tensors: dict[str, torch.Tensor]) -> int:
-    return sum(value.numel() for value in tensors.values())
+def weighs(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(value.numel() for value in tensors)
 
 
 def test_accelerate_starts_it_too_and_bad_data_are_told_once(work: Path) -> None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -15,8 +15,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from textgen_cli.config.finetune import TrainingConfig
 from textgen_cli.errors import ModelError, OutputError
 from textgen_cli.events import Report
-from textgen_cli.finetune import divide, thrift
+from textgen_cli.finetune import divide, thrift, zero
 from textgen_cli.finetune.checkpoint import Store
+from textgen_cli.finetune.division import Division, Zero
 from textgen_cli.finetune.encode import Encoded
 from textgen_cli.finetune.group import Group
 from textgen_cli.finetune.ways import Base, save_net
@@ -49,7 +50,7 @@ class ByLength(Sampler[int]):
 class Course(Trainer):
     """A Trainer that saves whole checkpoints, stops at a loss that is no number and leaves its random state alone.
 
-    Where a group divides the weights, it is given a network that is divided already.
+    Where a group divides the weights by FSDP, it is given a network that is divided already.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Course(Trainer):
         # What the library changes of the network: its forward pass, its settings.
         self.given = vars(base.net).get("forward"), getattr(base.net.config, "use_cache", None)
         self.group, self.divided = group, group.division is not None
+        self.fsdp, self.zero = isinstance(group.division, Division), isinstance(group.division, Zero)
         super().__init__(
             model=base.net,
             train_dataset=encoded.train,
@@ -73,7 +75,7 @@ class Course(Trainer):
             **rest,
         )
         self.base, self.store, self.keep = base, store, config.keep
-        if self.divided:
+        if self.fsdp:
             # A network whose parts are in place is not to be copied to every process; precision alone is to be set.
             self.accelerator.prepare_model(base.net, device_placement=False, evaluation_mode=True)
             base.net._is_accelerate_prepared = True
@@ -116,7 +118,8 @@ class Course(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         before = device.random_state()
         try:
-            figures = super().evaluate(*args, **kwargs)
+            with self._undivided():
+                figures = super().evaluate(*args, **kwargs)
             self.measured = self.state.global_step, figures
             return figures
         finally:
@@ -140,7 +143,7 @@ class Course(Trainer):
     def begin_anew(self) -> None:
         """Forget that the network was made ready to be evaluated: the library would take it as ready to learn, and
         of several processes each would go its own way without a word."""
-        if self.group.size > 1 and not self.divided:
+        if (self.group.size > 1 and not self.divided) or self.zero:
             self.accelerator._models.clear()
             vars(self.model).pop("_is_accelerate_prepared", None)
         self.state.log_history.clear()
@@ -157,7 +160,8 @@ class Course(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         step = self.state.global_step
-        if self.group.largest(not all(part.isfinite().all() for part in divide.own(self.base.net).values())):
+        own = zero.own if self.zero else divide.own
+        if self.group.largest(not all(part.isfinite().all() for part in own(self.base.net).values())):
             raise diverged(self.base.name, step)
         self.store_flos()
         try:
@@ -187,17 +191,49 @@ class Course(Trainer):
         divide.own(self.base.net)  # an evaluation may have left whole weights behind
         return super().create_optimizer(*args)
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, checkpoint: str | None) -> Any:
+        prepare: Any = super()._prepare_for_training
+        if not self.zero:
+            return prepare(max_steps, train_dataloader, checkpoint)
+        try:
+            prepared = prepare(max_steps, train_dataloader, None)
+        except (ValueError, AssertionError) as error:
+            raise zero.refused(error) from error
+        zero.careful(self.deepspeed)
+        if checkpoint is not None:
+            zero.load(self.deepspeed, Path(checkpoint))
+            self._load_optimizer_and_scheduler(checkpoint)
+        return prepared
+
+    @contextmanager
+    def _undivided(self) -> Iterator[None]:
+        """Where DeepSpeed has not begun yet, the network is whole: so the library is to take it."""
+        if not self.zero or self.deepspeed is not None:
+            yield
+            return
+        self.is_deepspeed_enabled = False
+        try:
+            with torch.autocast(self.base.device.type, torch.bfloat16, enabled=self.base.autocast):
+                yield
+        finally:
+            self.is_deepspeed_enabled = True
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        folder, scheduler = Path(output_dir), cast(Any, self.lr_scheduler)
         if not self.divided:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        divide.save_own(self.model, self.optimizer, Path(output_dir), self.group.number)
-        scheduler: Any = self.lr_scheduler
+        if self.zero:
+            zero.save(self.deepspeed, folder)
+        else:
+            divide.save_own(self.model, self.optimizer, folder, self.group.number)
         if self.group.leads:
-            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+            torch.save(scheduler.state_dict(), folder / SCHEDULER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.divided:
+        if self.zero:
+            zero.load(self.deepspeed, Path(resume_from_checkpoint))
+        elif self.fsdp:
             divide.load_own(self.model, Path(resume_from_checkpoint), self.group.number)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -206,7 +242,8 @@ class Course(Trainer):
         if not self.divided or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        divide.load_moments(self.optimizer, Path(checkpoint), self.group.number)
+        if self.fsdp:
+            divide.load_moments(self.optimizer, Path(checkpoint), self.group.number)
         scheduler: Any = self.lr_scheduler
         scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 

@@ -5,7 +5,7 @@ computes. Each reads and writes its own part alone; only `whole` gathers all of 
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,11 @@ from textgen_cli.finetune.division import LAUNCHER, Division
 from textgen_cli.model.quantize import QuantizedLinear
 
 
-def divide(net: Any, division: Division, size: int, device: torch.device) -> Any:
-    """Leave to this process its part of the weights; returns the empty frame of the network for `whole`.
+def divide(net: Any, division: Division, size: int, device: torch.device) -> None:
+    """Leave to this process its part of the weights.
 
     Raises UsageError E-CONFLICT for a network that cannot be divided.
     """
-    _divisible(net)
-    frame = _frame(net)
     mesh = init_device_mesh(device.type, (size,))
     try:
         for layer in _unshared(net, _layers(net, division)):
@@ -38,23 +36,22 @@ def divide(net: Any, division: Division, size: int, device: torch.device) -> Any
         raise UsageError("E-CONFLICT", f"{LAUNCHER} --use_fsdp", str(error).partition("\n")[0]) from error
     if hasattr(net, "generate"):
         register_fsdp_forward_method(net, "generate")
-    return frame
 
 
-def _divisible(net: Any) -> None:
+def divisible(net: Any, launcher: str) -> None:
     """Refuse layers that a process leaves out by chance: they are not gathered there, and the others would wait for
     ever. And weights in a form that has no rows of numbers, such as packed ones."""
     for name, value in net.config.to_dict().items():
         if "layerdrop" in name and value:
             fact = f"the model leaves layers out by chance ({name} {value})"
-            raise UsageError("E-CONFLICT", f"{LAUNCHER} --use_fsdp", fact)
+            raise UsageError("E-CONFLICT", launcher, fact)
     if any(isinstance(module, QuantizedLinear) for module in net.modules()):
-        fact = f"each process of {LAUNCHER} --use_fsdp would hold all codes"
+        fact = f"each process of {launcher} would hold all codes"
         raise UsageError("E-CONFLICT", "--quantize", fact, hint="leave one of them out")
     for name, p in net.named_parameters():
         if type(p) is not torch.nn.Parameter or not p.is_floating_point():
             fact = f"{name} is of a kind that cannot be divided ({type(p).__name__}, {p.dtype})"
-            raise UsageError("E-CONFLICT", f"{LAUNCHER} --use_fsdp", fact)
+            raise UsageError("E-CONFLICT", launcher, fact)
 
 
 def _layers(net: Any, division: Division) -> list[torch.nn.Module]:
@@ -96,8 +93,8 @@ def _apart(_module: Any, _given: Any, output: Any) -> Any:
     return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) and t._is_view() else t, output)
 
 
-def _frame(net: Any) -> Any:
-    """A copy of the network without its weights."""
+def empty_frame(net: Any) -> Any:
+    """A copy of the network without its weights, for `whole`."""
     empty = {
         id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in net.parameters()
@@ -167,12 +164,19 @@ def _divided(value: Any, like: DTensor) -> Any:
 # --- the whole
 
 
-def whole(net: Any, frame: Any, *, here: bool) -> Any:
-    """All weights put together in the frame, on the CPU, where they are wanted `here`. All processes have to come."""
-    own(net)
+def whole(net: Any, frame: Any, full: Callable[[Any], torch.Tensor], *, here: bool) -> Any:
+    """All weights put together in the frame, on the CPU, where they are wanted `here`. All processes have to come.
+
+    `full` gives all of a weight.
+    """
     for p, empty in zip(net.parameters(), frame.parameters(), strict=True):
-        value = (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+        value = full(p).detach()
         if here:
-            filled = torch.nn.Parameter(value.cpu(), requires_grad=empty.requires_grad)
+            filled = torch.nn.Parameter(value.to("cpu", empty.dtype), requires_grad=empty.requires_grad)
             torch.utils.swap_tensors(empty, filled)  # so that weights that are one stay one
     return frame.cpu() if here else None
+
+
+def full(p: torch.nn.Parameter) -> torch.Tensor:
+    """All of a weight that `divide` has divided."""
+    return p.full_tensor() if isinstance(p, DTensor) else p

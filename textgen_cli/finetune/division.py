@@ -1,48 +1,75 @@
-"""What a launcher asks for that divides the weights among the processes: FSDP 2, told by accelerate's variables.
+"""What a launcher asks for that divides the work among the processes: FSDP 2 or DeepSpeed, by accelerate's variables.
 
 Everything else that divides weights is refused. Knows no torch.
 """
 
+import importlib.util
+import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from textgen_cli.errors import UsageError
 
-FSDP = "ACCELERATE_USE_FSDP"
+FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 LAUNCHER = "accelerate launch"
+ZERO = f"{LAUNCHER} --use_deepspeed"
 
-# What accelerate tells the processes that it starts -> its option, and what speaks against it.
-OTHER = "divides the weights in a way that is not supported"
+# What accelerate tells the processes that it starts -> its option.
 REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": (
-        "--use_deepspeed",
-        "its checkpoints are pickles that could run code when they are read",
-    ),
-    "ACCELERATE_USE_MEGATRON_LM": ("--use_megatron_lm", OTHER),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("--use_parallelism_config", OTHER),
+    "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "--use_parallelism_config",
 }
 ON, OFF = ("1", "true"), ("0", "false")
-INSTEAD = "use --use_fsdp --fsdp_version 2"
+INSTEAD = "use --use_fsdp --fsdp_version 2, or --use_deepspeed"
 # Settings of FSDP that are switched on -> the option, and what to do instead.
 WITHOUT = {
     "FSDP_OFFLOAD_PARAMS": ("--fsdp_offload_params", "leave it out"),
     "FSDP_ACTIVATION_CHECKPOINTING": ("--fsdp_activation_checkpointing", "use finetune's own --recompute"),
 }
+LEARNING = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+AUTO = "auto"  # of a value in DeepSpeed's configuration: as the training is told
+# What of DeepSpeed's configuration is passed on: how it divides, computes and logs.
+PASSED = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "sparse_gradients", "data_types", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
+    "flops_profiler", "comms_logger",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Division:
-    """How the weights are divided."""
+    """How FSDP divides the weights."""
 
     layers: tuple[str, ...] | None = None  # classes that are gathered one by one; None: the network's layers
     reshard: bool = True  # a layer's whole weights are given up behind its forward pass
 
 
-def asked() -> Division | None:
-    """What the launcher asks for; None: each process holds the whole network. UsageError E-CONFLICT."""
-    for name, (option, fact) in REFUSED.items():
+@dataclass(frozen=True)
+class Zero:
+    """That DeepSpeed divides (ZeRO, Rajbhandari et al. 2020), and its configuration."""
+
+    settings: Mapping[str, Any]
+
+
+def asked() -> Division | Zero | None:
+    """What the launcher asks for; None: each process holds the whole network.
+
+    Raises UsageError E-CONFLICT, E-EXTRA, and E-CONFIG for a configuration that cannot be read.
+    """
+    for name, option in REFUSED.items():
         if _on(name):
+            fact = "divides the weights in a way that is not supported"
             raise UsageError("E-CONFLICT", f"{LAUNCHER} {option}", fact, hint=INSTEAD)
+    if _on(DEEPSPEED):
+        if importlib.util.find_spec("deepspeed") is None:
+            hint = "pip install 'textgen-cli[deepspeed]'"
+            raise UsageError("E-EXTRA", ZERO, "needs the package deepspeed", hint=hint)
+        return Zero(_settings())
     if not _on(FSDP):
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -68,8 +95,58 @@ def _layers() -> tuple[str, ...] | None:
     return tuple(name.strip() for name in named.split(",")) if named else None
 
 
-def taken() -> Division | None:
-    """As `asked`; and the libraries, which would divide by themselves, are told of none."""
+def _settings() -> dict[str, Any]:
+    """DeepSpeed's configuration: of its file, else of the launcher's options."""
+    path = _told("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    settings = _of_options() if path is None else _of_file(path)
+    for name in settings.keys() - set(PASSED):
+        raise UsageError("E-CONFLICT", f"{ZERO}: {name}", "is not supported", hint="leave it out")
+    # The library's own defaults would hold where nothing is said, whatever the training is told.
+    missing = dict.fromkeys(
+        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), AUTO
+    )
+    settings = missing | {"zero_optimization": {}, "bf16": {"enabled": AUTO}} | settings
+    if str(settings["gradient_accumulation_steps"]) == "1":
+        settings["gradient_accumulation_steps"] = AUTO  # accelerate writes 1 where nobody has said it
+    for name in ("offload_optimizer", "offload_param"):
+        if dict(settings["zero_optimization"].get(name) or {}).get("device") == "nvme":
+            raise UsageError("E-CONFLICT", f"{ZERO}: {name}", "to nvme is not supported", hint="cpu or none")
+    return settings
+
+
+def _of_file(path: str) -> dict[str, Any]:
+    try:
+        found = json.loads(Path(path).read_bytes())
+        if not isinstance(found, dict) or not isinstance(found.get("zero_optimization", {}), dict):
+            raise ValueError("is no configuration of DeepSpeed")
+    except (OSError, ValueError) as error:
+        fact = getattr(error, "strerror", None) or str(error)
+        raise UsageError("E-CONFIG", path, fact, hint=f"--deepspeed_config_file of {LAUNCHER}") from error
+    return found
+
+
+def _of_options() -> dict[str, Any]:
+    stage = _told("ACCELERATE_DEEPSPEED_ZERO_STAGE") or "2"
+    zero: dict[str, Any] = {"stage": int(stage) if stage.isdigit() else stage}
+    for name in ("offload_optimizer", "offload_param"):
+        device = _told(f"ACCELERATE_DEEPSPEED_{name.upper()}_DEVICE")
+        if device is not None:
+            zero[name] = {"device": device}
+    steps, norm = _told("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"), _told("ACCELERATE_GRADIENT_CLIPPING")
+    return {
+        "zero_optimization": zero,
+        "gradient_accumulation_steps": int(steps) if steps and steps.isdigit() else AUTO,
+        "gradient_clipping": float(norm) if norm and norm != AUTO else AUTO,
+    }
+
+
+def _told(name: str) -> str | None:
+    value = os.environ.get(name, "none")
+    return None if value.lower() in ("", "none") else value
+
+
+def taken() -> Division | Zero | None:
+    """As `asked`; and the libraries, which would divide by themselves, are told of none but DeepSpeed."""
     found = asked()
     os.environ.pop(FSDP, None)
     return found

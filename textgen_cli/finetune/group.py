@@ -14,8 +14,8 @@ import accelerate
 import torch
 import torch.distributed as dist
 
-from textgen_cli.finetune import division
-from textgen_cli.finetune.division import Division
+from textgen_cli.finetune import division, zero
+from textgen_cli.finetune.division import Division, Zero
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=30)  # of those that wait while one works; who dies ends the others
@@ -27,7 +27,7 @@ class Group:
 
     number: int = 0
     size: int = 1
-    division: Division | None = None  # of the weights; None: each process has all of them
+    division: Division | Zero | None = None  # of the weights; None: each process has all of them
     channel: Any = None  # of their own words: on the CPU, whatever the gradients go through
 
     @property
@@ -64,9 +64,14 @@ ALONE = Group()
 def joined(cpu: bool) -> Iterator[Group]:
     """Meet the processes that were started with this one. `cpu`: gradients are exchanged there."""
     parts = division.taken()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if cpu:
+        # Where DeepSpeed is installed, the libraries import it, and each process would say that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not isinstance(parts, Zero):
         yield ALONE
         return
+    if isinstance(parts, Zero):  # one process too: what it does not need at once may lie elsewhere
+        zero.begin(parts.settings, cpu=cpu)
     # It takes the device of this process and opens the connection as the Trainer will find it.
     state = accelerate.PartialState(cpu=cpu)
     channel = dist.new_group(backend="gloo", timeout=PATIENCE)

@@ -8,6 +8,9 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 
 from textgen_cli.config.finetune import TrainingConfig
 from textgen_cli.errors import UsageError
+from textgen_cli.finetune import zero
+from textgen_cli.finetune.division import Zero
+from textgen_cli.finetune.group import Group
 from textgen_cli.finetune.ways import Base
 
 ROWS_LIMIT = 32  # rows of a batch that --batch-size auto takes at most
@@ -48,14 +51,17 @@ def check_tracker(name: str) -> None:
 
 
 def arguments(
-    config: TrainingConfig, base: Base, rows: int, count: int, folder: Path, processes: int
+    config: TrainingConfig, base: Base, rows: int, count: int, folder: Path, group: Group
 ) -> TrainingArguments:
-    """The Trainer's settings; `count`: examples to train on, `rows` of them at a time in each process."""
-    batches = math.ceil(math.ceil(count / rows) / processes)
+    """The Trainer's settings; `count`: examples to train on, `rows` of them at a time in each process.
+
+    Raises UsageError E-CONFLICT where DeepSpeed is told otherwise.
+    """
+    batches = math.ceil(math.ceil(count / rows) / group.size)
     an_epoch = max(1, math.ceil(batches / config.accumulate))
     steps = config.max_steps or math.ceil(an_epoch * config.epochs)
     evaluate = config.eval_steps or an_epoch
-    return TrainingArguments(
+    found = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=rows,
         per_device_eval_batch_size=rows,
@@ -91,4 +97,8 @@ def arguments(
         push_to_hub=False,
         # They are codes then, of which every process has the same.
         ddp_broadcast_buffers=False if base.quantized else None,
+        deepspeed=dict(group.division.settings) if isinstance(group.division, Zero) else None,
     )
+    for mismatch in getattr(getattr(found, "hf_deepspeed_config", None), "mismatches", ()):
+        raise zero.refused(ValueError(mismatch))
+    return found

@@ -16,9 +16,10 @@ import torch
 from textgen_cli.config.finetune import FinetuneConfig
 from textgen_cli.errors import ResumeError, UsageError
 from textgen_cli.events import Notice, Report
-from textgen_cli.finetune import divide, export, packing, scratch
+from textgen_cli.finetune import divide, export, packing, scratch, zero
 from textgen_cli.finetune.answers import final as final_figures
 from textgen_cli.finetune.checkpoint import RESTART, STAMP, Found, Store, check_output, open_store, tidy
+from textgen_cli.finetune.division import LAUNCHER, ZERO, Division, Zero
 from textgen_cli.finetune.encode import DEFAULT_LENGTH, Encoded, encode
 from textgen_cli.finetune.evaluate import evaluation
 from textgen_cli.finetune.group import Group, joined
@@ -128,7 +129,7 @@ def _train(
         group,
     )
     if group.division is not None:
-        base = replace(base, net=divide.whole(base.net, frame, here=group.leads), device=torch.device("cpu"))
+        base = replace(base, net=_whole(base.net, frame, group), device=torch.device("cpu"))
         by = answerer(base, parts.length)
     if not group.leads:
         return
@@ -142,15 +143,33 @@ def _train(
 
 def _group(group: Group) -> dict[str, Any]:
     """What of the processes decides the weights; checkpoints of divided ones are other ones besides."""
-    return {"processes": group.size} | ({} if group.division is None else {"divided": True})
+    found: dict[str, Any] = {"processes": group.size}
+    if isinstance(group.division, Zero):
+        return found | {"deepspeed": dict(group.division.settings)}
+    return found | ({} if group.division is None else {"divided": True})
 
 
 def _divided(base: Base, group: Group) -> Any:
-    """The empty frame of a network that is now divided among the processes; None where each has all of it."""
+    """The empty frame of a network that is divided among the processes, now or when DeepSpeed begins; None where each
+    has all of it."""
     group.wait()  # for the first one's samples
     if group.division is None:
         return None
-    return divide.divide(base.net, group.division, group.size, base.device)
+    fsdp = isinstance(group.division, Division)
+    divide.divisible(base.net, f"{LAUNCHER} --use_fsdp" if fsdp else ZERO)
+    frame = divide.empty_frame(base.net)
+    if isinstance(group.division, Division):
+        divide.divide(base.net, group.division, group.size, base.device)
+    return frame
+
+
+def _whole(net: Any, frame: Any, group: Group) -> Any:
+    """All weights of a divided network, where the first process is."""
+    if isinstance(group.division, Zero):
+        zero.end()
+        return divide.whole(net, frame, zero.full, here=group.leads)
+    divide.own(net)  # what was gathered is given up
+    return divide.whole(net, frame, divide.full, here=group.leads)
 
 
 def _output(config: FinetuneConfig, group: Group) -> Path:

@@ -51,7 +51,7 @@ def _course(
     report: Report,
 ) -> Course:
     group = voice.stop.group
-    args = arguments(config, base, rows, len(encoded.train), store.folder, group.size)
+    args = arguments(config, base, rows, len(encoded.train), store.folder, group)
     better = evaluation.measure.best
     args.metric_for_best_model = "loss" if better == "perplexity" else better
     args.greater_is_better = evaluation.measure.more_is_better

@@ -182,11 +182,11 @@ def test_a_finished_folder_tells_nothing_of_the_machine(
 
 def test_the_best_is_kept_and_not_the_last(small_model: Small, tmp_path: Path) -> None:
     events: list[Event] = []
-    wild = {
+    wild = {  # the rate grows to the end, far beyond what can be learnt with
         "epochs": 10,
-        "learning_rate": 0.3,
-        "schedule": "constant",
-        "warmup": 30.0,
+        "learning_rate": 1.0,
+        "schedule": "constant_with_warmup",
+        "warmup": 60.0,
         "eval_steps": 2,
         "keep": 1,
     }
@@ -194,7 +194,7 @@ def test_the_best_is_kept_and_not_the_last(small_model: Small, tmp_path: Path) -
         configured(small_model("gpt2"), tmp_path / "out", training=wild), [], prepared("clm"), events.append
     )
     found = measured(events, "eval_loss")[1:]
-    assert min(found) < found[-1] - 0.1
+    assert min(found) < found[-1] - 1
     net = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     nats, tokens = 0.0, 0

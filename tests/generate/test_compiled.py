@@ -374,7 +374,10 @@ def test_samplers_are_those_of_transformers() -> None:
         if given["min_p"]:
             expected = library.MinPLogitsWarper(given["min_p"])(ids, expected)
         ours = compiled._sampled(scores[0], compiled.settings_of(do_sample=True, **given))
-        assert torch.equal(ours, expected[0]), given
+        # The library adds chances up from the other end: just at top_p one may cut what the other keeps.
+        border = ours.isinf() != expected[0].isinf()
+        assert torch.equal(ours[~border], expected[0][~border]), given
+        assert float(scores[0].softmax(-1)[border].sum()) < 1e-6, given
 
 
 def test_without_a_home_or_a_compiled_model_nothing_is_looked_up(

@@ -4,6 +4,7 @@ DeepSpeed is an extra. Its checkpoints are pickles: here they are read by torch'
 tensors, plain values and the three plain classes that DeepSpeed writes, and nothing else. Knows no trainer.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ def begin(settings: Mapping[str, Any], *, cpu: bool) -> None:
         raise UsageError("E-CONFLICT", f"{ZERO} on the CPU", "is not supported where there is a GPU")
     import deepspeed  # noqa: PLC0415 - an extra
 
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     # An exchange through shared memory that it compiles at its first use, for a minute; gloo is there.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     from deepspeed.runtime.config import DeepSpeedConfig  # noqa: PLC0415 - an extra

@@ -83,7 +83,7 @@ def test_what_a_file_says_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("zero.json").write_text(json.dumps(said))
     found = asked()
     assert found == Zero(AUTO | said)
-    zero.begin(said, cpu=True)
+    zero.begin(said)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_file_that_cannot_be_obeyed_is_refused(
 @pytest.mark.parametrize("settings", [{"stage": 7}, {"stage": 3, "no_such_key": True}, {"stage": "x"}])
 def test_what_deepspeed_does_not_know_is_refused_before_a_model_is_read(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"E-CONFLICT\] accelerate launch --use_deepspeed: \S+"):
-        zero.begin({"zero_optimization": settings}, cpu=True)
+        zero.begin({"zero_optimization": settings})
 
 
 class Trap:

@@ -65,13 +65,13 @@ def joined(cpu: bool) -> Iterator[Group]:
     """Meet the processes that were started with this one. `cpu`: gradients are exchanged there."""
     parts = division.taken()
     if cpu:
-        # Where DeepSpeed is installed, the libraries import it, and each process would say that it found no GPU.
+        # Where DeepSpeed is installed, the libraries import it: it is to look for no GPU, and not to tell of it.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not isinstance(parts, Zero):
         yield ALONE
         return
     if isinstance(parts, Zero):  # one process too: what it does not need at once may lie elsewhere
-        zero.begin(parts.settings, cpu=cpu)
+        zero.begin(parts.settings)
     # It takes the device of this process and opens the connection as the Trainer will find it.
     state = accelerate.PartialState(cpu=cpu)
     channel = dist.new_group(backend="gloo", timeout=PATIENCE)

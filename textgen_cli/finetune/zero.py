@@ -17,10 +17,8 @@ from textgen_cli.finetune.division import AUTO, ZERO
 OWN_WORDS = "auto in its configuration takes what finetune is told"
 
 
-def begin(settings: Mapping[str, Any], *, cpu: bool) -> None:
+def begin(settings: Mapping[str, Any]) -> None:
     """Make DeepSpeed ready for this process. Raises UsageError E-CONFLICT for a configuration that it refuses."""
-    if cpu and torch.cuda.is_available():
-        raise UsageError("E-CONFLICT", f"{ZERO} on the CPU", "is not supported where there is a GPU")
     import deepspeed  # noqa: PLC0415 - an extra
 
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from parts.faults import need, small_disk
 from parts.training import Trainings, configured
 from safetensors.torch import load_file
@@ -353,6 +354,30 @@ def test_a_damaged_checkpoint_is_named_and_never_used(
     config = config_of(model, tmp_path / "out", resume_previous=True)
     assert trainings(tmp_path, "clm", config) == (0, "", "")
     assert weights(tmp_path / "out") == unbroken("clm")
+
+
+class Trap:
+    """What does something where it is unpickled."""
+
+    def __init__(self, sprung: Path) -> None:
+        self.sprung = sprung
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.sprung,)
+
+
+def test_a_forged_checkpoint_runs_nothing(
+    broken_off: Path, trainings: Trainings, small_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(broken_off, tmp_path, dirs_exist_ok=True)
+    newest = tmp_path / "out.partial" / "checkpoint-4"
+    torch.save({"state": Trap(tmp_path / "sprung"), "param_groups": []}, newest / "optimizer.pt")
+    (newest / "manifest.json").unlink()
+    checkpoint.seal(newest, 4)
+    config = config_of(small_model("gpt2"), tmp_path / "out", resume=True)
+    status, _, stderr = trainings(tmp_path, "clm", config)
+    assert status == 10 and "[E-CHECKPOINT]" in stderr
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_a_loss_that_is_no_number_ends_it_and_keeps_what_was_good(

@@ -17,16 +17,17 @@ from textgen_cli.config.finetune import FinetuneConfig
 from textgen_cli.errors import ResumeError, UsageError
 from textgen_cli.events import Notice, Report
 from textgen_cli.finetune import divide, export, packing, scratch, zero
+from textgen_cli.finetune.answers import Answerer
 from textgen_cli.finetune.answers import final as final_figures
 from textgen_cli.finetune.checkpoint import RESTART, STAMP, Found, Store, check_output, open_store, tidy
 from textgen_cli.finetune.division import LAUNCHER, ZERO, Division, Zero
 from textgen_cli.finetune.encode import DEFAULT_LENGTH, Encoded, encode
-from textgen_cli.finetune.evaluate import evaluation
+from textgen_cli.finetune.evaluate import Evaluation, evaluation
 from textgen_cli.finetune.group import Group, joined
 from textgen_cli.finetune.plan import batch_rows, check_tracker
 from textgen_cli.finetune.prepared import Prepared
 from textgen_cli.finetune.tell import answerer, sample_before, tell
-from textgen_cli.finetune.train import train
+from textgen_cli.finetune.train import Trained, train
 from textgen_cli.finetune.ways import Base, merged, open_base
 from textgen_cli.model import device
 from textgen_cli.model.fingerprint import given, of_machine, of_model, of_program
@@ -66,10 +67,10 @@ def _fit(
             plain = encoded
             encoded = packing.packed(plain, prepared.task, length, folder)
             packing.prove(base.net, base.name, plain, base.device)
-        final = store.folder / "final"
-        _train(config, inputs, prepared, Parts(base, encoded, length, run_hash, group), store, found, report)
+        parts = Parts(base, encoded, length, run_hash, group)
+        _train(Job(config, inputs, prepared, report), parts, store, found)
         if group.leads:
-            store.publish(final)
+            store.publish(store.folder / "final")
         group.wait()
     return out
 
@@ -88,6 +89,16 @@ def _store(config: FinetuneConfig, out: Path, known: dict[str, Any], group: Grou
 
 
 @dataclass(frozen=True)
+class Job:
+    """What a training is asked for."""
+
+    config: FinetuneConfig
+    inputs: Sequence[Path]
+    prepared: Prepared
+    report: Report
+
+
+@dataclass(frozen=True)
 class Parts:
     """What a training is made of."""
 
@@ -98,47 +109,50 @@ class Parts:
     group: Group  # who does it
 
 
-def _train(
-    config: FinetuneConfig,
-    inputs: Sequence[Path],
-    prepared: Prepared,
-    parts: Parts,
-    store: Store,
-    found: Found | None,
-    report: Report,
-) -> None:
+def _train(job: Job, parts: Parts, store: Store, found: Found | None) -> None:
     """Train, and write the finished folder as `final` in the store's."""
-    base, encoded, group = parts.base, parts.encoded, parts.group
+    base, group = parts.base, parts.group
     by = answerer(base, parts.length)
-    rows = batch_rows(config.training, encoded.lengths, base.device.type)
-    report(Notice(f"{len(encoded.train):,} rows of {parts.length:,} tokens at most, {rows} in a batch"))
     if not base.fresh and group.leads:
-        sample_before(store.folder, prepared, by)
+        sample_before(store.folder, job.prepared, by)
+    group.wait()
+    measures = evaluation(job.prepared)
     frame = _divided(base, group)
-    measures = evaluation(prepared)
-    trained = train(
+    trained = _learn(job, parts, store, found, measures, by)
+    whole = _whole(base, frame, group)
+    if group.leads:
+        _finish(job, replace(parts, base=whole), store, trained, measures)
+
+
+def _learn(
+    job: Job, parts: Parts, store: Store, found: Found | None, measures: Evaluation, by: Answerer
+) -> Trained:
+    base, encoded, training = parts.base, parts.encoded, job.config.training
+    rows = batch_rows(training, encoded.lengths, base.device.type)
+    job.report(Notice(f"{len(encoded.train):,} rows of {parts.length:,} tokens at most, {rows} in a batch"))
+    return train(
         base,
         encoded,
-        config.training,
+        training,
         rows,
         store,
         found,
         measures,
-        report,
-        lambda: final_figures(prepared, by, report),
-        group,
+        job.report,
+        lambda: final_figures(job.prepared, by, job.report),
+        parts.group,
     )
-    if group.division is not None:
-        base = replace(base, net=_whole(base.net, frame, group), device=torch.device("cpu"))
-        by = answerer(base, parts.length)
-    if not group.leads:
-        return
-    base = merged(base, encoded, report) if config.way.merge else base
-    final = store.folder / "final"
-    export.write_model(
-        base, export.stamp_of(base, prepared, parts.length, config.data.source_prefix, parts.run), final
-    )
-    tell(final, store.folder, config, inputs, prepared, base, by, trained, measures.tables, export.versions())
+
+
+def _finish(job: Job, parts: Parts, store: Store, trained: Trained, measures: Evaluation) -> None:
+    """Write the model, its stamp, its card and its report."""
+    config, base, final = job.config, parts.base, store.folder / "final"
+    base = merged(base, parts.encoded, job.report) if config.way.merge else base
+    stamp = export.stamp_of(base, job.prepared, parts.length, config.data.source_prefix, parts.run)
+    export.write_model(base, stamp, final)
+    by = answerer(base, parts.length)
+    tables, versions = measures.tables, export.versions()
+    tell(final, store.folder, config, job.inputs, job.prepared, base, by, trained, tables, versions)
 
 
 def _group(group: Group) -> dict[str, Any]:
@@ -152,7 +166,6 @@ def _group(group: Group) -> dict[str, Any]:
 def _divided(base: Base, group: Group) -> Any:
     """The empty frame of a network that is divided among the processes, now or when DeepSpeed begins; None where each
     has all of it."""
-    group.wait()  # for the first one's samples
     if group.division is None:
         return None
     fsdp = isinstance(group.division, Division)
@@ -163,13 +176,19 @@ def _divided(base: Base, group: Group) -> Any:
     return frame
 
 
-def _whole(net: Any, frame: Any, group: Group) -> Any:
-    """All weights of a divided network, where the first process is."""
+def _whole(base: Base, frame: Any, group: Group) -> Base:
+    """The base with all weights of a divided network, on the CPU of the first process."""
+    if group.division is None:
+        return base
     if isinstance(group.division, Zero):
         zero.end()
-        return divide.whole(net, frame, zero.full, here=group.leads)
-    divide.own(net)  # what was gathered is given up
-    return divide.whole(net, frame, divide.full, here=group.leads)
+        full = zero.full
+    else:
+        divide.own(base.net)  # what was gathered is given up
+        full = divide.full
+    return replace(
+        base, net=divide.whole(base.net, frame, full, here=group.leads), device=torch.device("cpu")
+    )
 
 
 def _output(config: FinetuneConfig, group: Group) -> Path:

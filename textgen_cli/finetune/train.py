@@ -8,15 +8,16 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any
 
 from transformers import PrinterCallback, TrainerState
 
 from textgen_cli.config.finetune import TrainingConfig
-from textgen_cli.errors import OutOfMemory
+from textgen_cli.errors import OutOfMemory, ResumeError
 from textgen_cli.events import Notice, Report
 from textgen_cli.finetune import report as told
-from textgen_cli.finetune.checkpoint import Found, Store
+from textgen_cli.finetune.checkpoint import RESTART, Found, Store
 from textgen_cli.finetune.course import STATE, Course
 from textgen_cli.finetune.encode import Encoded
 from textgen_cli.finetune.evaluate import Evaluation
@@ -87,7 +88,7 @@ def train(
     """Train from the checkpoint `found`, else from the beginning, to the end.
 
     `measure_more`: figures of the network as it is that need whole answers. Raises ModelError E-DIVERGED, OutputError
-    E-WRITE, OutOfMemory; at a signal it saves and lets the signal do what it did before.
+    E-WRITE, ResumeError E-CHECKPOINT, OutOfMemory; at a signal it saves and lets the signal do what it did before.
     """
     stop = Stop(group)
     voice = Voice(config, encoded, store, stop, report)
@@ -109,6 +110,9 @@ def train(
             _save_now(course)
             stop.pass_on()
             raise KeyboardInterrupt from None  # somebody ignores the signal that stopped us
+        except UnpicklingError as error:
+            fact = "a checkpoint holds what is no state of a training, and is not read"
+            raise ResumeError("E-CHECKPOINT", str(store.folder), fact, hint=RESTART) from error
         except (RuntimeError, MemoryError) as error:
             if not device.out_of_memory(error):
                 raise

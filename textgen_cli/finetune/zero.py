@@ -55,11 +55,11 @@ def refused(error: Exception) -> UsageError:
 def careful(engine: Any) -> None:
     """Let the engine read checkpoints without running what is in them."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: PLC0415 - an extra
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # noqa: PLC0415
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler  # noqa: PLC0415
     from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: PLC0415
     from deepspeed.utils.tensor_fragment import fragment_address  # noqa: PLC0415
 
-    plain = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    plain = [LossScaler, ZeroStageEnum, fragment_address]
 
     class Careful(TorchCheckpointEngine):  # type: ignore[misc] # the package has no types
         def load(self, path: str, map_location: Any = None) -> Any:

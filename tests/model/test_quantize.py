@@ -1,5 +1,6 @@
 """Quantised layers against a float32 product with the weights that they mean, then whole models."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from textgen_cli.model.pack import PackedLinear
 from textgen_cli.model.quantize import GROUP, QuantizedLinear
 
 FORMATS: list[quantize.Format] = ["int8", "int4"]
+avx = pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="this CPU has no kernels for codes"
+)
 
 
 def layer_of(
@@ -69,6 +73,51 @@ def test_bfloat16_is_near_the_float32_product(form: quantize.Format, n: int, k: 
     expected = x.float() @ plain_of(weight, form).T + layer.bias.float()
     assert layer(x).dtype == torch.bfloat16
     torch.testing.assert_close(layer(x).float(), expected, rtol=2e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_lie_apart_are_multiplied(form: quantize.Format, dtype: torch.dtype) -> None:
+    _, layer = layer_of(128, 96, form, dtype, bias=False)
+    layer.arrange(rounds=True)
+    x = torch.randn(5, 3, 96, dtype=dtype)[:, -1]
+    assert not x.is_contiguous()
+    assert torch.equal(layer(x), layer(x.contiguous()))
+
+
+@avx
+@pytest.mark.parametrize("form", FORMATS)
+def test_kernels_round_float32_where_they_may(form: quantize.Format) -> None:
+    """By what rounding both sides of a product to bfloat16 costs, and no more."""
+    _, exact = layer_of(128, 96, form, torch.float32, bias=True)
+    rounded = copy.deepcopy(exact)
+    rounded.arrange(rounds=True)
+    assert rounded.kernel and not exact.kernel
+    for rows in (1, quantize.KERNEL_ROWS, 40):
+        x = torch.randn(rows, 96)
+        found, expected = rounded(x), exact(x)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=5e-3 * float(expected.abs().max()))
+
+
+@avx
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_cpu_without_bfloat16_multiplies_codes_by_kernels_unless_float32_is_asked_for(
+    small_model: Callable[..., Path], form: quantize.Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("textgen_cli.model.device.cpu_has_bfloat16", lambda: False)
+    chosen, asked = (
+        loaded(small_model("llama"), quantize=form, dtype=dtype) for dtype in ("auto", "float32")
+    )
+    assert chosen.placement.dtype == asked.placement.dtype == torch.float32
+    assert "products with codes in bfloat16" in str(chosen.placement)
+    assert "bfloat16" not in str(asked.placement)
+    assert any(layer.kernel for layer in quantize.layers(chosen.net).values())
+    assert not any(layer.kernel for layer in quantize.layers(asked.net).values())
+    ids = torch.arange(20, 32).view(2, 6)
+    with torch.inference_mode():
+        found, expected = chosen.net(ids).logits, asked.net(ids).logits
+    assert float((found - expected).abs().max()) < 0.03 * float(expected.std())
 
 
 def through(layer: Any) -> torch.Tensor:

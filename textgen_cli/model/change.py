@@ -30,6 +30,7 @@ class Plan:
     form: quantize.Format | None = None  # that the network is then quantised to
     beside: Sequence["Adapter"] = ()  # that learnt beside such weights
     trains: bool = False  # gradients are to pass through it, and heads of labels learn
+    rounds: bool = False  # products with codes may be rounded to bfloat16
 
 
 def plan(
@@ -67,7 +68,7 @@ def made(net: Any, planned: Plan, name: str, where: torch.device, report: Report
         if planned.form:
             quantize.apply(net, planned.form, name, report, LABELLING if planned.trains else ())
         net = net.to(where)
-        quantize.arrange(net, kernels=not planned.trains)
+        quantize.arrange(net, kernels=not planned.trains, rounds=planned.rounds)
         if planned.beside:
             from textgen_cli.model import adapter
 

@@ -99,6 +99,14 @@ def cpu_has_bfloat16() -> bool:
     return bool(found.get("avx512_bf16", False) or found.get("amx_bf16", False))
 
 
+def rounds_products(config: ModelConfig, chosen: Placement, purpose: Purpose) -> bool:
+    """Whether products of float32 with codes may be rounded to bfloat16: nobody asked for float32, it was chosen for
+    a CPU whose kernels (AVX2 or more) multiply codes in bfloat16 several times as fast."""
+    float32 = config.dtype == "auto" and purpose == "generate" and chosen.dtype == torch.float32
+    kernels = chosen.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return float32 and kernels
+
+
 def out_of_memory(error: BaseException) -> bool:
     """True when torch failed because memory ran out, on any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

@@ -97,6 +97,9 @@ def load(
         fact = "has quantised weights, among which no new head can learn"
         raise ModelError("E-QUANTIZE", located.label, fact, hint="take the plain model with --quantize")
     plan = change.plan(config, form, located, report, trains=trains)
+    if hasten and (form or config.quantize) and device.rounds_products(config, placement, purpose):
+        reason = f"{placement.reason}; products with codes in bfloat16"
+        plan, placement = replace(plan, rounds=True), replace(placement, reason=reason)
     # A GPU that holds an adapter's training beside codes may be too small for the weights that they are made of.
     at_first = replace(placement, device=torch.device("cpu")) if config.quantize and trains else placement
     net = _network(family, located, checked, at_first, head)

@@ -1,10 +1,11 @@
 """Weights in 8 or 4 bits, made in memory after loading or read from a folder of ours; activations keep their dtype.
 
 Owns the formats, the layer that computes with them, and what config.json says of a folder that has them. Such a
-folder holds the codes in plain order; that of a processor's kernels is made when it is loaded. On a CPU in bfloat16
-torch's own kernels multiply the packed weights; everywhere else a layer is turned back block by block while it is
-used, which saves memory and not time. Codes do not learn, but pass gradients on to what learns beside them: QLoRA
-(Dettmers et al. 2023, https://arxiv.org/abs/2305.14314). It does not know how a model is loaded.
+folder holds the codes in plain order; that of a processor's kernels is made when it is loaded. On a CPU torch's own
+kernels multiply the packed weights in bfloat16, where that is the dtype or rounding to it is allowed; everywhere else
+a layer is turned back block by block while it is used, which saves memory and not time. Codes do not learn, but pass
+gradients on to what learns beside them: QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314). It does not
+know how a model is loaded.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -19,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from textgen_cli.errors import ModelError
 from textgen_cli.events import Notice, Report
+from textgen_cli.model import device
 
 Format = Literal["int8", "int4"]
 # How a layer multiplies: by torch's kernels where there are any, as a matrix product of weights that are turned back,
@@ -50,6 +52,7 @@ class QuantizedLinear(nn.Module):
         self.form = form
         self.way: Way = "kernel"
         self.kernel = False
+        self.narrow: torch.Tensor  # the scales in bfloat16, for the kernels
         quantize = self._int8 if form == "int8" else self._int4
         parts = [quantize(weight[rows]) for rows in self._blocks()]
         self.register_buffer("weight", torch.cat([part for part, _ in parts]))
@@ -62,36 +65,36 @@ class QuantizedLinear(nn.Module):
         else:
             self.weight = self.weight[None]  # (1, N, ...): no other program can take the codes for weights
 
-    def arrange(self, *, kernels: bool = True) -> None:
+    def arrange(self, *, kernels: bool = True, rounds: bool = False) -> None:
         """Bring the codes into an order to compute with: of the kernels where there are some for this place and dtype,
-        which know no gradient."""
+        which know no gradient. `rounds`: products may be rounded to bfloat16, which the kernels compute in."""
         if self.weight.dim() == 3:
             self.weight = self.weight[0]
-        fast = self.weight.device.type == "cpu" and self.scale.dtype == torch.bfloat16
+        fast = self.weight.device.type == "cpu" and (rounds or self.scale.dtype == torch.bfloat16)
         if self.kernel or not (fast and kernels) or (self.form == "int4" and self.out_features % TILE):
             return
         if self.form == "int4":
             pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
             packed = [pack(self._codes(rows).to(torch.int32), 1) for rows in self._blocks()]
             self.weight = torch.cat(packed).view(torch.int8)
-        self.kernel = True
+        self.kernel, self.narrow = True, self.scale.bfloat16()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N), in the dtype of x, or in that of autocast."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        flat = x.reshape(-1, self.in_features)
+        flat = x.reshape(-1, self.in_features).contiguous()  # or the kernels refuse rows that lie apart
         y: torch.Tensor
         if not self.kernel and flat.requires_grad and torch.is_grad_enabled():
             y = _Product.apply(flat, self)  # type: ignore[no-untyped-call]  # torch's
         elif self.kernel and self.form == "int4" and self.way != "turned back":
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                flat, self.weight.view(torch.uint8), GROUP, self.scale
-            )
+                flat.bfloat16(), self.weight.view(torch.uint8), GROUP, self.narrow
+            ).to(flat.dtype)
         elif self.way == "sum" and self.form == "int8":
             y = self._summed(flat)
         elif self.kernel and self.way == "kernel" and flat.shape[0] <= KERNEL_ROWS:
-            y = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale)
+            y = torch.ops.aten._weight_int8pack_mm(flat.bfloat16(), self.weight, self.narrow).to(flat.dtype)
         else:
             y = self._turned_back(flat)
         if self.bias is not None:
@@ -138,6 +141,8 @@ class QuantizedLinear(nn.Module):
 
     def _turned_back(self, flat: torch.Tensor) -> torch.Tensor:
         y = flat.new_empty(flat.shape[0], self.out_features)
+        if self.kernel and self.way == "kernel" and not device.cpu_has_bfloat16():
+            flat = flat.float()  # such a CPU multiplies matrices five times as fast so
         for rows in self._blocks():
             if self.form == "int8":
                 y[:, rows] = nn.functional.linear(flat, self.weight[rows].to(flat.dtype)) * self.scale[rows]
@@ -279,10 +284,13 @@ def form_of(config: Mapping[str, Any]) -> Format | None:
     return form
 
 
-def arrange(net: Any, *, kernels: bool = True) -> None:
-    """Bring the codes of a network into an order to compute with; without `kernels` gradients pass through it."""
+def arrange(net: Any, *, kernels: bool = True, rounds: bool = False) -> None:
+    """Bring the codes of a network into an order to compute with; without `kernels` gradients pass through it.
+
+    `rounds`: products of float32 may be rounded to bfloat16.
+    """
     for layer in layers(net).values():
-        layer.arrange(kernels=kernels)
+        layer.arrange(kernels=kernels, rounds=rounds)
 
 
 @register_quantization_config(METHOD)

@@ -19,6 +19,8 @@ from benchmarks import peers
 from benchmarks.archives import members
 from benchmarks.peers import timed
 from benchmarks.runner import Ratio, Run, compare
+from textgen_cli.config import ModelConfig
+from textgen_cli.model import device
 
 OURS = """
 import json, sys, time
@@ -196,6 +198,19 @@ def one_stream(parts: Parts, quick: bool) -> list[Ratio]:
     ]
 
 
+def quantized(parts: Parts, quick: bool) -> list[Ratio]:
+    """128 tokens in one stream, in the dtype that is chosen where none is asked for."""
+    work = parts.work("quantized", ["Once upon a time"], 128)
+    chosen = device.place(ModelConfig(), "generate").dtype
+    dtype = str(chosen).removeprefix("torch.")
+    plain = parts.plain(work, 1, dtype)
+    return [
+        compare(f"one stream, {form}, default dtype / plain, {dtype}", parts.ours(work, "auto", form), plain,
+                rounds=3 if quick else 5, target=1.0)
+        for form in ("int8", "int4")
+    ]  # fmt: skip
+
+
 def batch(parts: Parts, quick: bool) -> list[Ratio]:
     """64 prompts with 64 new tokens each."""
     work = parts.work("batch", [f"Story number {n}: once upon a time" for n in range(64)], 64)
@@ -247,6 +262,7 @@ def _of_tokens(words: Sequence[str], tokens: int, tokenizer: Any) -> str:
 
 ROWS: dict[str, Callable[[Parts, bool], list[Ratio]]] = {
     "one": one_stream,
+    "quantized": quantized,
     "batch": batch,
     "mixed": mixed,
     "prompt": first_token,

@@ -35,6 +35,11 @@ class Group:
         """Whether this is the one that speaks and writes."""
         return self.number == 0
 
+    @property
+    def alone(self) -> bool:
+        """Whether a step may be left in its midst: nobody waits, and the weights change behind it alone."""
+        return self.size == 1 and self.division is None
+
     def wait(self) -> None:
         """Go on when all have come here."""
         if self.size > 1:

@@ -70,9 +70,17 @@ class Stop:
                 self.before[signum] = signal.signal(signum, self.handle)
         try:
             yield
+        except Exception:
+            self._give_back()
+            if not self.group.leads:  # who ends it heard of this from the first one
+                self.pass_on()
+            raise
         finally:
-            for number, handler in self.before.items():
-                signal.signal(number, handler)
+            self._give_back()
+
+    def _give_back(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def pass_on(self) -> None:
         """Hand the signal to whom it was meant for before."""

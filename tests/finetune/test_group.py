@@ -207,11 +207,15 @@ def test_one_that_is_ended_says_nothing_of_what_the_first_one_told() -> None:
     def end(*_: object) -> None:
         raise Ended
 
+    def struck() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise ValueError
+
     before = signal.signal(signal.SIGTERM, end)
     stop = Stop(Group(number=1, size=2))
     try:
         with pytest.raises(Ended), stop.listening():
-            raise ValueError(signal.raise_signal(signal.SIGTERM))
+            struck()
         assert signal.getsignal(signal.SIGTERM) is end
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -24,7 +24,7 @@ from textgen_cli.errors import UsageError
 from textgen_cli.events import silent
 from textgen_cli.finetune import zero
 from textgen_cli.finetune.division import Zero, asked, taken
-from textgen_cli.finetune.group import Group
+from textgen_cli.finetune.group import Group, joined
 from textgen_cli.finetune.stop import Stop, Stopped
 from textgen_cli.finetune.voice import Voice
 
@@ -207,6 +207,12 @@ def test_a_training_that_was_over_is_finished_as_it_would_have_been(
         alone.close()
     for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(value, weights[name])
+
+
+def test_a_process_that_no_launcher_has_started_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UsageError, match="ACCELERATE_USE_DEEPSPEED: is set, and no launcher"), joined(True):
+        pass
 
 
 class Trap:

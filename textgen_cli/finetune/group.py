@@ -14,6 +14,7 @@ import accelerate
 import torch
 import torch.distributed as dist
 
+from textgen_cli.errors import UsageError
 from textgen_cli.finetune import division, zero
 from textgen_cli.finetune.division import Division, Zero
 
@@ -75,6 +76,9 @@ def joined(cpu: bool) -> Iterator[Group]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not isinstance(parts, Zero):
         yield ALONE
         return
+    if isinstance(parts, Zero) and "RANK" not in os.environ:
+        fact, hint = "is set, and no launcher has started this process", "torchrun, or accelerate launch"
+        raise UsageError("E-CONFLICT", division.DEEPSPEED, fact, hint=hint)
     if isinstance(parts, Zero):  # one process too: what it does not need at once may lie elsewhere
         zero.begin(parts.settings)
     # It takes the device of this process and opens the connection as the Trainer will find it.

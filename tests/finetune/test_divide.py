@@ -153,6 +153,18 @@ def test_codes_are_refused() -> None:
         divisible(net, "launch")
 
 
+def test_what_does_not_learn_comes_back_as_it_was() -> None:
+    net = small()
+    net.model.shared.weight.requires_grad_(False)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    frame = empty_frame(net, rounds=True)
+    net.bfloat16()
+    again = whole(net, frame, lambda p: p, here=True).state_dict()
+    assert torch.equal(again["lm_head.weight"], state["lm_head.weight"])
+    learnt = "model.encoder.layers.0.fc1.weight"
+    assert torch.equal(again[learnt], state[learnt].bfloat16().float())
+
+
 def test_layers_that_are_not_there_are_refused(parted: Group) -> None:
     with pytest.raises(UsageError, match=r"E-CONFLICT.*LlamaDecoderLayer: the model has no such layers"):
         divide(small(), Division(("LlamaDecoderLayer",)), 1, CPU)

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 
 from textgen_cli.finetune import checkpoint, zero
 from textgen_cli.finetune.checkpoint import partial_of
+from textgen_cli.finetune.group import Group
+from textgen_cli.finetune.stop import Stop
 
 pytestmark = pytest.mark.slow  # each run imports torch three times
 
@@ -196,6 +198,27 @@ def test_a_file_tells_deepspeed_how_to_divide(work: Path) -> None:
     weights = load_file(work / "by-file" / "model.safetensors")
     for name, value in load_file(work / "two" / "model.safetensors").items():
         torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=0)
+
+
+def test_one_that_is_ended_says_nothing_of_what_the_first_one_told() -> None:
+    class Ended(BaseException):
+        pass
+
+    def end(*_: object) -> None:
+        raise Ended
+
+    def struck() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise ValueError
+
+    before = signal.signal(signal.SIGTERM, end)
+    stop = Stop(Group(number=1, size=2))
+    try:
+        with pytest.raises(Ended), stop.listening():
+            struck()
+        assert signal.getsignal(signal.SIGTERM) is end
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def names(out: Path) -> list[str]:

@@ -73,6 +73,7 @@ def test_a_named_format_overrules_the_name(tmp_path: Path) -> None:
         ("conll", b"EU O\n\nHe O\nalone\nis O\n\n", "line 4", "is not a word and a tag"),
         ("conll", b"EU O\n\nHe O\n\xff O\n", "line 4", "byte 0xff"),
         ("conll", b"EU O\n\n\tB-LOC\n", "line 3", "is not a word and a tag"),
+        ("conll", b"EU O\n\nNew York B-LOC\n", "line 3", "has 3 columns, the lines before 2"),
     ],
 )
 def test_a_bad_row_is_told_by_its_line_and_harms_no_other(

@@ -6,18 +6,27 @@ test_group.py trains two processes with it.
 import json
 import os
 import pickle
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from parts.training import Trainings, configured
+from safetensors.torch import load_file
 
+from textgen_cli.config.finetune import TrainingConfig
 from textgen_cli.errors import UsageError
+from textgen_cli.events import silent
 from textgen_cli.finetune import zero
 from textgen_cli.finetune.division import Zero, asked, taken
+from textgen_cli.finetune.group import Group, joined
+from textgen_cli.finetune.stop import Stop, Stopped
+from textgen_cli.finetune.voice import Voice
 
 pytest.importorskip("deepspeed")
 AUTO = {
@@ -86,13 +95,50 @@ def test_what_a_file_says_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     zero.begin(said)
 
 
+def test_what_a_file_leaves_out_is_as_the_training_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, "--deepspeed_config_file", "zero.json")
+    said = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.5}},
+        "scheduler": {"type": "WarmupDecayLR"},
+        "bf16": {},
+        "zero_optimization": None,
+        "gradient_accumulation_steps": 1,
+    }
+    Path("zero.json").write_text(json.dumps(said))
+    filled = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.5, "weight_decay": "auto"}},
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": dict.fromkeys(
+                ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto"
+            ),
+        },
+        "zero_optimization": {},
+        "gradient_accumulation_steps": 1,
+    }
+    assert asked() == Zero(AUTO | filled)
+
+
+@pytest.mark.parametrize("name", ["GRADIENT_CLIPPING", "GRADIENT_ACCUMULATION_STEPS"])
+def test_a_variable_that_is_no_number_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_{name}", "two")
+    with pytest.raises(UsageError, match=rf"E-CONFLICT\] ACCELERATE_{name}: 'two' is not a number"):
+        asked()
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
         (None, r"E-CONFIG\] zero.json: No such file"),
         ("{", r"E-CONFIG\] zero.json: Expecting"),
         ("[]", r"E-CONFIG\] zero.json: is no configuration"),
-        ('{"zero_optimization": 3}', r"E-CONFIG\] zero.json: is no configuration"),
+        ('{"zero_optimization": 3}', r"zero_optimization: holds settings, and is not 3"),
+        ('{"bf16": true}', r"E-CONFLICT.* bf16: holds settings, and is not True"),
+        (
+            '{"zero_optimization": {"offload_param": "cpu"}}',
+            r"offload_param: holds settings, and is not 'cpu'",
+        ),
+        ('{"flops_profiler": {"enabled": true}}', r"flops_profiler: is not supported"),  # it writes to stdout
         (
             '{"autotuning": {}}',
             r"E-CONFLICT\] accelerate launch --use_deepspeed: autotuning: is not supported",
@@ -113,10 +159,60 @@ def test_a_file_that_cannot_be_obeyed_is_refused(
         asked()
 
 
-@pytest.mark.parametrize("settings", [{"stage": 7}, {"stage": 3, "no_such_key": True}, {"stage": "x"}])
-def test_what_deepspeed_does_not_know_is_refused_before_a_model_is_read(settings: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=r"E-CONFLICT\] accelerate launch --use_deepspeed: \S+"):
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"stage": 7}, "stage: Input should be "),
+        ({"stage": 3, "no_such_key": True}, "no_such_key: "),
+        ({"stage": "x"}, "stage: "),
+        ({"stage": 3, "offload_param": {"device": "moon"}}, r"offload_param.device: "),
+    ],
+)
+def test_what_deepspeed_does_not_know_is_refused_by_its_name_before_a_model_is_read(
+    settings: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UsageError, match=rf"E-CONFLICT\] accelerate launch --use_deepspeed: {named}"):
         zero.begin({"zero_optimization": settings})
+
+
+def test_one_process_is_left_behind_a_step_not_in_its_midst() -> None:
+    """DeepSpeed has changed the weights before the library calls a step done."""
+    stop = Stop(Group(division=Zero({})))
+    voice: Any = Voice(TrainingConfig(), cast(Any, None), cast(Any, None), stop, silent)
+    voice.on_step_begin(None, None, None)
+    stop.handle(signal.SIGTERM, None)
+    voice.on_pre_optimizer_step(None, None, None)
+    with pytest.raises(Stopped):
+        stop.agree()
+
+
+@pytest.mark.slow
+def test_a_training_that_was_over_is_finished_as_it_would_have_been(
+    small_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    alone = Trainings(
+        ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3", DS_ACCELERATOR="cpu",
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0",
+    )  # fmt: skip
+    wild = {"learning_rate": 1.0, "schedule": "constant", "eval_steps": 1, "patience": 1}
+    config = configured(small_model("gpt2"), tmp_path / "out", training=wild, resume=True)
+    final = tmp_path / "out.partial" / "final"
+    try:
+        hurt = {"signum": signal.SIGKILL, "call": 1, "named": ".partial/final/textgen.json"}
+        assert alone(tmp_path, "clm", config, **hurt)[0] == -signal.SIGKILL
+        weights = load_file(final / "model.safetensors")
+        status, _, told = alone(tmp_path, "clm", config)
+        assert status == 0, told
+    finally:
+        alone.close()
+    for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(value, weights[name])
+
+
+def test_a_process_that_no_launcher_has_started_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UsageError, match="ACCELERATE_USE_DEEPSPEED: is set, and no launcher"), joined(True):
+        pass
 
 
 class Trap:

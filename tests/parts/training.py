@@ -104,7 +104,7 @@ def configured(
 class Trainings:
     """Runs trainings in children. Close it in the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, **more: str) -> None:
         environment = {name: os.environ[name] for name in ("PATH", "LANG", "HOME") if name in os.environ}
         environment |= {
             "OMP_NUM_THREADS": "1",
@@ -114,6 +114,7 @@ class Trainings:
             "MALLOC_ARENA_MAX": "1",
             "PYTHONPATH": str(Path(__file__).parents[1]),
         }
+        environment |= more
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             env=environment,
@@ -125,7 +126,8 @@ class Trainings:
     def __call__(self, folder: Path, task: str, config: FinetuneConfig, **hurt: Any) -> tuple[int, str, str]:
         """Train; (exit status, stdout, stderr), the status negative for a signal.
 
-        hurt: signum and step (after it), or signum and call (the N-th call that concerns a file of the output);
+        hurt: signum and step (after it), or signum and call (the N-th call that concerns a file of the output, or of
+        what is named behind its path);
         strace: rules by which system calls fail, and below: the file of the output that they concern; memory: after
         that step the process gets no more of it; prepared: changes to the data.
         """
@@ -203,7 +205,7 @@ def _train(order: dict[str, Any]) -> None:
     output = Path(parts.pop("output"))
     hurt = order["hurt"]
     if "call" in hurt:
-        _hurt_at_call(hurt["signum"], hurt["call"], str(output))
+        _hurt_at_call(hurt["signum"], hurt["call"], str(output) + hurt.get("named", ""))
     if "strace" in hurt:
         _injected(hurt["strace"], output.with_name(output.name + ".partial") / hurt["below"])
 

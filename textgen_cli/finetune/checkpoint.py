@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,13 +180,20 @@ def open_store(out: Path, fingerprint: dict[str, Any], *, resume: bool, restart:
             _empty(store.folder)
         _litter(store.folder)
         settings = store.folder / RUN
-        if settings.exists():
+        begun = settings.exists()
+        if begun:
             _compare(settings, out, fingerprint)
         else:
             disk.write_whole(
                 settings, json.dumps({"textgen": 1, "fingerprint": fingerprint}, indent=1).encode()
             )
-        yield store
+        try:
+            yield store
+        except UsageError:
+            if not begun:  # what was refused is no training to go on with
+                with suppress(OutputError):
+                    store.clear()
+            raise
 
 
 @contextmanager

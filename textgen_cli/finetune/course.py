@@ -197,13 +197,20 @@ class Course(Trainer):
             return prepare(max_steps, train_dataloader, checkpoint)
         try:
             prepared = prepare(max_steps, train_dataloader, None)
-        except (ValueError, AssertionError) as error:
+        except zero.FAULTS as error:
             raise zero.refused(error) from error
         zero.careful(self.deepspeed)
         if checkpoint is not None:
             zero.load(self.deepspeed, Path(checkpoint))
             self._load_optimizer_and_scheduler(checkpoint)
         return prepared
+
+    def take(self, checkpoint: Path) -> None:
+        """The network of the checkpoint of a training that is over."""
+        if self.zero:  # which holds no network before it is ready to train
+            self._prepare_for_training(self.state.max_steps, None, str(checkpoint))
+        else:
+            self._load_from_checkpoint(str(checkpoint))
 
     @contextmanager
     def _undivided(self) -> Iterator[None]:

@@ -93,10 +93,18 @@ def _apart(_module: Any, _given: Any, output: Any) -> Any:
     return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) and t._is_view() else t, output)
 
 
-def empty_frame(net: Any) -> Any:
-    """A copy of the network without its weights, for `whole`."""
+def empty_frame(net: Any, *, rounds: bool = False) -> Any:
+    """A copy of the network without its weights, for `whole`.
+
+    `rounds`: the weights are going to be rounded to bfloat16; those that do not learn are kept, or they came back so.
+    """
     empty = {
-        id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        id(p): torch.nn.Parameter(
+            p.detach().to("cpu", copy=True)
+            if rounds and not p.requires_grad and p.dtype != torch.bfloat16
+            else torch.empty_like(p, device="meta"),
+            requires_grad=p.requires_grad,
+        )
         for p in net.parameters()
     }
     return copy.deepcopy(net, dict(empty))
@@ -171,7 +179,7 @@ def whole(net: Any, frame: Any, full: Callable[[Any], torch.Tensor], *, here: bo
     """
     for p, empty in zip(net.parameters(), frame.parameters(), strict=True):
         value = full(p).detach()
-        if here:
+        if here and empty.is_meta:
             filled = torch.nn.Parameter(value.to("cpu", empty.dtype), requires_grad=empty.requires_grad)
             torch.utils.swap_tensors(empty, filled)  # so that weights that are one stay one
     return frame.cpu() if here else None

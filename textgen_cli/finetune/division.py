@@ -6,7 +6,7 @@ Everything else that divides weights is refused. Knows no torch.
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ WITHOUT = {
     "FSDP_OFFLOAD_PARAMS": ("--fsdp_offload_params", "leave it out"),
     "FSDP_ACTIVATION_CHECKPOINTING": ("--fsdp_activation_checkpointing", "use finetune's own --recompute"),
 }
-LEARNING = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 AUTO = "auto"  # of a value in DeepSpeed's configuration: as the training is told
 # What of DeepSpeed's configuration is passed on: how it divides, computes and logs.
 PASSED = (
@@ -37,8 +36,17 @@ PASSED = (
     "zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
     "sparse_gradients", "data_types", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
-    "flops_profiler", "comms_logger",
 )  # fmt: skip
+# What of it holds settings of its own.
+PARTS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "data_types")
+LEARNING = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+# Parameters of its optimizers and schedulers that the training is told as well.
+_WARMUP = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps")
+SCHEDULES = {
+    "WarmupLR": _WARMUP,
+    "WarmupDecayLR": (*_WARMUP, "total_num_steps"),
+    "WarmupCosineLR": ("warmup_num_steps", "total_num_steps"),
+}
 
 
 @dataclass(frozen=True)
@@ -99,25 +107,40 @@ def _settings() -> dict[str, Any]:
     """DeepSpeed's configuration: of its file, else of the launcher's options."""
     path = _told("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     settings = _of_options() if path is None else _of_file(path)
-    for name in settings.keys() - set(PASSED):
+    settings = {name: value for name, value in settings.items() if value is not None}
+    for name in sorted(settings.keys() - set(PASSED)):
         raise UsageError("E-CONFLICT", f"{ZERO}: {name}", "is not supported", hint="leave it out")
+    for name in PARTS:
+        _part(settings, name)
     # The library's own defaults would hold where nothing is said, whatever the training is told.
-    missing = dict.fromkeys(
-        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), AUTO
-    )
-    settings = missing | {"zero_optimization": {}, "bf16": {"enabled": AUTO}} | settings
-    if str(settings["gradient_accumulation_steps"]) == "1":
-        settings["gradient_accumulation_steps"] = AUTO  # accelerate writes 1 where nobody has said it
+    settings = dict.fromkeys(LEARNING, AUTO) | {"zero_optimization": {}} | settings
+    settings["bf16"] = {"enabled": AUTO} | _part(settings, "bf16")
+    if "optimizer" in settings:
+        _fill(settings, "optimizer", ("lr", "weight_decay"))
+    if "scheduler" in settings:
+        _fill(settings, "scheduler", SCHEDULES.get(str(_part(settings, "scheduler").get("type")), ()))
     for name in ("offload_optimizer", "offload_param"):
-        if dict(settings["zero_optimization"].get(name) or {}).get("device") == "nvme":
+        if _part(_part(settings, "zero_optimization"), name).get("device") == "nvme":
             raise UsageError("E-CONFLICT", f"{ZERO}: {name}", "to nvme is not supported", hint="cpu or none")
     return settings
+
+
+def _fill(settings: dict[str, Any], name: str, missing: tuple[str, ...]) -> None:
+    part = _part(settings, name)
+    settings[name] = part | {"params": dict.fromkeys(missing, AUTO) | _part(part, "params")}
+
+
+def _part(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = settings.get(name)
+    if not isinstance(found, dict | None):
+        raise UsageError("E-CONFLICT", f"{ZERO}: {name}", f"holds settings, and is not {found!r}")
+    return dict(found or {})
 
 
 def _of_file(path: str) -> dict[str, Any]:
     try:
         found = json.loads(Path(path).read_bytes())
-        if not isinstance(found, dict) or not isinstance(found.get("zero_optimization", {}), dict):
+        if not isinstance(found, dict):
             raise ValueError("is no configuration of DeepSpeed")
     except (OSError, ValueError) as error:
         fact = getattr(error, "strerror", None) or str(error)
@@ -132,12 +155,20 @@ def _of_options() -> dict[str, Any]:
         device = _told(f"ACCELERATE_DEEPSPEED_{name.upper()}_DEVICE")
         if device is not None:
             zero[name] = {"device": device}
-    steps, norm = _told("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"), _told("ACCELERATE_GRADIENT_CLIPPING")
+    steps = _number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", int)
     return {
         "zero_optimization": zero,
-        "gradient_accumulation_steps": int(steps) if steps and steps.isdigit() else AUTO,
-        "gradient_clipping": float(norm) if norm and norm != AUTO else AUTO,
+        "gradient_accumulation_steps": AUTO if steps == 1 else steps,  # it writes 1 where nobody has said it
+        "gradient_clipping": _number("ACCELERATE_GRADIENT_CLIPPING", float),
     }
+
+
+def _number(name: str, kind: Callable[[str], float]) -> float | str:
+    value = _told(name) or AUTO
+    try:
+        return AUTO if value == AUTO else kind(value)
+    except ValueError:
+        raise UsageError("E-CONFLICT", name, f"{value!r} is not a number") from None
 
 
 def _told(name: str) -> str | None:

@@ -14,6 +14,7 @@ import accelerate
 import torch
 import torch.distributed as dist
 
+from textgen_cli.errors import UsageError
 from textgen_cli.finetune import division, zero
 from textgen_cli.finetune.division import Division, Zero
 
@@ -34,6 +35,11 @@ class Group:
     def leads(self) -> bool:
         """Whether this is the one that speaks and writes."""
         return self.number == 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether a step may be left in its midst: nobody waits, and the weights change behind it alone."""
+        return self.size == 1 and self.division is None
 
     def wait(self) -> None:
         """Go on when all have come here."""
@@ -70,6 +76,9 @@ def joined(cpu: bool) -> Iterator[Group]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not isinstance(parts, Zero):
         yield ALONE
         return
+    if isinstance(parts, Zero) and "RANK" not in os.environ:
+        fact, hint = "is set, and no launcher has started this process", "torchrun, or accelerate launch"
+        raise UsageError("E-CONFLICT", division.DEEPSPEED, fact, hint=hint)
     if isinstance(parts, Zero):  # one process too: what it does not need at once may lie elsewhere
         zero.begin(parts.settings)
     # It takes the device of this process and opens the connection as the Trainer will find it.

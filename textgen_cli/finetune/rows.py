@@ -124,7 +124,7 @@ def _conll(stream: BinaryIO, name: str) -> Iterator[Row]:
     """
     words: list[str] = []
     tags: list[str] = []
-    start, last, bad = 0, 0, None
+    start, last, bad, width = 0, 0, None, 0
 
     def sentence() -> Iterator[Row]:
         if bad is not None:
@@ -141,12 +141,20 @@ def _conll(stream: BinaryIO, name: str) -> Iterator[Row]:
         if line is not None and line.startswith("-DOCSTART-"):
             continue
         columns = _columns(line or "")
-        if bad is None and (line is None or len(columns) < 2 or not columns[0]):
-            told = fact if line is None else "is not a word and a tag in columns"
+        width = width or (len(columns) if len(columns) > 1 else 0)
+        told = fact if line is None else _fault(columns, width)
+        if bad is None and told:
             bad = Row(f"line {number}", {}, told)
         words.append(columns[0])
         tags.append(columns[-1])
     yield from sentence()
+
+
+def _fault(columns: list[str], width: int) -> str:
+    if len(columns) < 2 or not columns[0]:
+        return "is not a word and a tag in columns"
+    # A remark, or a word with a blank in it, of which half would be learnt.
+    return "" if len(columns) == width else f"has {len(columns)} columns, the lines before {width}"
 
 
 def _columns(line: str) -> list[str]:

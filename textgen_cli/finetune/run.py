@@ -170,7 +170,8 @@ def _divided(base: Base, group: Group) -> Any:
         return None
     fsdp = isinstance(group.division, Division)
     divide.divisible(base.net, f"{LAUNCHER} --use_fsdp" if fsdp else ZERO)
-    frame = divide.empty_frame(base.net)
+    # DeepSpeed computes with all weights in half precision, and keeps those that learn beside them.
+    frame = divide.empty_frame(base.net, rounds=not fsdp and base.autocast and group.leads)
     if isinstance(group.division, Division):
         divide.divide(base.net, group.division, group.size, base.device)
     return frame

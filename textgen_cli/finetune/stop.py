@@ -1,6 +1,7 @@
 """The wish to end a training, as a signal gives it, obeyed where nothing is lost by it.
 
-A process that trains alone may leave a step or an evaluation in its midst; several leave together, behind a step.
+A process that trains alone may leave a step or an evaluation in its midst; several leave together, behind a step. So
+does one with DeepSpeed, which changes the weights as soon as it has the gradients.
 """
 
 import signal
@@ -28,8 +29,8 @@ class Stop:
     before: dict[int, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """End here where that is wished for and no other process is left behind."""
-        if self.signum is not None and self.group.size == 1:
+        """End here, in a step's midst, where that is wished for and nothing is left behind."""
+        if self.signum is not None and self.group.alone:
             raise Stopped
 
     def agree(self) -> None:
@@ -69,9 +70,17 @@ class Stop:
                 self.before[signum] = signal.signal(signum, self.handle)
         try:
             yield
+        except Exception:
+            self._give_back()
+            if not self.group.leads:  # who ends it heard of this from the first one
+                self.pass_on()
+            raise
         finally:
-            for number, handler in self.before.items():
-                signal.signal(number, handler)
+            self._give_back()
+
+    def _give_back(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def pass_on(self) -> None:
         """Hand the signal to whom it was meant for before."""

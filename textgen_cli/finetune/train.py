@@ -136,7 +136,7 @@ def _follow(
     patience = voice.config.patience
     if patience is not None and since_best(state) >= patience:  # it was over, but for the finished folder
         course.state = state
-        course._load_from_checkpoint(str(found.folder))
+        course.take(found.folder)
         return
     course.add_callback(CatchUp(course))
     voice.report(Notice(f"goes on from the checkpoint of step {found.step}", "hint"))

@@ -42,7 +42,7 @@ class Voice(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.stop.check()
-        self.stop.open = self.stop.group.size == 1
+        self.stop.open = self.stop.group.alone
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.stop.open = False

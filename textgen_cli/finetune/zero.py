@@ -1,7 +1,7 @@
 """A training that DeepSpeed divides: what it is told, its checkpoints read without running code, the whole again.
 
 DeepSpeed is an extra. Its checkpoints are pickles: here they are read by torch's restricted unpickling, which builds
-tensors, plain values and the three plain classes that DeepSpeed writes, and nothing else. Knows no trainer.
+tensors, plain values and the few plain classes that DeepSpeed writes, and nothing else. Knows no trainer.
 """
 
 import logging
@@ -14,6 +14,8 @@ import torch
 from textgen_cli.errors import UsageError
 from textgen_cli.finetune.division import AUTO, ZERO
 
+# What a configuration that cannot be obeyed is met with; the last two of an optimizer that there is not.
+FAULTS = ValueError, AssertionError, KeyError, TypeError, AttributeError
 OWN_WORDS = "auto in its configuration takes what finetune is told"
 
 
@@ -30,7 +32,7 @@ def begin(settings: Mapping[str, Any]) -> None:
     plain.pop("train_batch_size", None)
     try:
         DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1} | plain)
-    except (ValueError, TypeError, AssertionError, KeyError) as error:
+    except FAULTS as error:
         raise refused(error) from error
 
 
@@ -44,9 +46,17 @@ def _without_auto(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def refused(error: Exception) -> UsageError:
     """What DeepSpeed or the library say of a configuration, as an error of ours."""
+    return UsageError("E-CONFLICT", ZERO, _said(error), hint=OWN_WORDS)
+
+
+def _said(error: Exception) -> str:
+    listed = getattr(error, "errors", None)
+    if listed is not None:  # of pydantic: its first line counts the faults, and names none
+        first = listed(include_url=False)[0]
+        return ": ".join([".".join(map(str, first["loc"])), first["msg"]] if first["loc"] else [first["msg"]])
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     said = next((line for line in lines if line.startswith("ds ")), lines[0] if lines else "is refused")
-    return UsageError("E-CONFLICT", ZERO, said.removeprefix("ds "), hint=OWN_WORDS)
+    return said.removeprefix("ds ")
 
 
 # --- a checkpoint

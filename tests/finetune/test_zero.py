@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from textgen_cli.config.finetune import TrainingConfig
 from textgen_cli.errors import UsageError
 from textgen_cli.events import silent
-from textgen_cli.finetune import zero
+from textgen_cli.finetune import plan, zero
 from textgen_cli.finetune.division import Zero, asked, taken
 from textgen_cli.finetune.group import Group, joined
 from textgen_cli.finetune.stop import Stop, Stopped
@@ -237,3 +238,11 @@ def test_checkpoints_are_read_without_running_what_is_in_them() -> None:
     assert not Path("sprung").exists()
     torch.load("trap.pt", weights_only=False)  # else nothing was shown
     assert Path("sprung").exists()
+
+
+def test_rounded_weights_do_not_come_out_without_a_word() -> None:
+    half: Any = SimpleNamespace(autocast=True)
+    for stage, refused in (({}, True), ({"stage": 0}, True), ({"stage": 1}, False)):
+        with pytest.raises(UsageError, match="stage 0: would round") if refused else nullcontext():
+            plan._check_stage(Zero({"zero_optimization": stage}), half)
+    plan._check_stage(Zero({"zero_optimization": {}}), cast(Any, SimpleNamespace(autocast=False)))

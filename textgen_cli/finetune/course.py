@@ -13,11 +13,11 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from textgen_cli.config.finetune import TrainingConfig
-from textgen_cli.errors import ModelError, OutputError
+from textgen_cli.errors import ModelError, OutputError, UsageError
 from textgen_cli.events import Report
 from textgen_cli.finetune import divide, thrift, zero
 from textgen_cli.finetune.checkpoint import Store
-from textgen_cli.finetune.division import Division, Zero
+from textgen_cli.finetune.division import ZERO, Division, Zero
 from textgen_cli.finetune.encode import Encoded
 from textgen_cli.finetune.group import Group
 from textgen_cli.finetune.ways import Base, save_net
@@ -199,6 +199,11 @@ class Course(Trainer):
             prepared = prepare(max_steps, train_dataloader, None)
         except zero.FAULTS as error:
             raise zero.refused(error) from error
+        except (RuntimeError, OSError) as error:
+            if not zero.unbuilt(error):
+                raise
+            fact = "DeepSpeed cannot compile what it needs for it"
+            raise UsageError("E-CONFLICT", ZERO, fact, hint="install a C++ compiler and ninja") from error
         zero.careful(self.deepspeed)
         if checkpoint is not None:
             zero.load(self.deepspeed, Path(checkpoint))

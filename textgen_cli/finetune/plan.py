@@ -9,7 +9,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from textgen_cli.config.finetune import TrainingConfig
 from textgen_cli.errors import UsageError
 from textgen_cli.finetune import zero
-from textgen_cli.finetune.division import Zero
+from textgen_cli.finetune.division import ZERO, Zero
 from textgen_cli.finetune.group import Group
 from textgen_cli.finetune.ways import Base
 
@@ -48,6 +48,14 @@ def check_tracker(name: str) -> None:
     )
     shown = ", ".join(sorted(here))
     raise UsageError("E-TRACKER", "--report-to", fact, hint=f"here are {shown}" if shown else None)
+
+
+def _check_stage(division: Zero, base: Base) -> None:
+    """Stage 0 keeps the weights that learn in float32 where nobody can ask for them: what comes out were rounded."""
+    stage = division.settings["zero_optimization"].get("stage", 0)
+    if stage == 0 and base.autocast:
+        fact = "would round what was learnt to bfloat16"
+        raise UsageError("E-CONFLICT", f"{ZERO}: stage 0", fact, hint="stage 1, or --dtype float32")
 
 
 def arguments(
@@ -99,6 +107,8 @@ def arguments(
         ddp_broadcast_buffers=False if base.quantized else None,
         deepspeed=dict(group.division.settings) if isinstance(group.division, Zero) else None,
     )
+    if isinstance(group.division, Zero):
+        _check_stage(group.division, base)
     for mismatch in getattr(getattr(found, "hf_deepspeed_config", None), "mismatches", ()):
         raise zero.refused(ValueError(mismatch))
     return found

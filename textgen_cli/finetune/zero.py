@@ -44,6 +44,13 @@ def _without_auto(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def unbuilt(error: Exception) -> bool:
+    """Whether an operation that DeepSpeed compiles could not be compiled."""
+    return any(
+        word in str(error) for word in ("building extension", "failed to build", "JIT load", "CUDA_HOME")
+    )
+
+
 def refused(error: Exception) -> UsageError:
     """What DeepSpeed or the library say of a configuration, as an error of ours."""
     return UsageError("E-CONFLICT", ZERO, _said(error), hint=OWN_WORDS)
@@ -56,7 +63,7 @@ def _said(error: Exception) -> str:
         return ": ".join([".".join(map(str, first["loc"])), first["msg"]] if first["loc"] else [first["msg"]])
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     said = next((line for line in lines if line.startswith("ds ")), lines[0] if lines else "is refused")
-    return said.removeprefix("ds ")
+    return said.removeprefix("ds ").replace(" vs hf ", ", but finetune is told ")
 
 
 # --- a checkpoint

@@ -52,7 +52,6 @@ class QuantizedLinear(nn.Module):
         self.form = form
         self.way: Way = "kernel"
         self.kernel = False
-        self.narrow: torch.Tensor  # the scales in bfloat16, for the kernels
         quantize = self._int8 if form == "int8" else self._int4
         parts = [quantize(weight[rows]) for rows in self._blocks()]
         self.register_buffer("weight", torch.cat([part for part, _ in parts]))
@@ -77,7 +76,11 @@ class QuantizedLinear(nn.Module):
             pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
             packed = [pack(self._codes(rows).to(torch.int32), 1) for rows in self._blocks()]
             self.weight = torch.cat(packed).view(torch.int8)
-        self.kernel, self.narrow = True, self.scale.bfloat16()
+        self.kernel = True
+        if (
+            self.scale.dtype != torch.bfloat16
+        ):  # for the kernels; else a compiler would take it for other numbers
+            self.narrow = self.scale.bfloat16()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N), in the dtype of x, or in that of autocast."""
@@ -89,17 +92,22 @@ class QuantizedLinear(nn.Module):
             y = _Product.apply(flat, self)  # type: ignore[no-untyped-call]  # torch's
         elif self.kernel and self.form == "int4" and self.way != "turned back":
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                flat.bfloat16(), self.weight.view(torch.uint8), GROUP, self.narrow
+                flat.bfloat16(), self.weight.view(torch.uint8), GROUP, self._narrow()
             ).to(flat.dtype)
         elif self.way == "sum" and self.form == "int8":
             y = self._summed(flat)
         elif self.kernel and self.way == "kernel" and flat.shape[0] <= KERNEL_ROWS:
-            y = torch.ops.aten._weight_int8pack_mm(flat.bfloat16(), self.weight, self.narrow).to(flat.dtype)
+            y = torch.ops.aten._weight_int8pack_mm(flat.bfloat16(), self.weight, self._narrow()).to(
+                flat.dtype
+            )
         else:
             y = self._turned_back(flat)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _narrow(self) -> torch.Tensor:
+        return self.scale if self.scale.dtype == torch.bfloat16 else self.narrow
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.form}"

@@ -72,9 +72,9 @@ def _said(error: Exception) -> str:
 def careful(engine: Any) -> None:
     """Let the engine read checkpoints without running what is in them."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: PLC0415 - an extra
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler  # noqa: PLC0415
-    from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: PLC0415
-    from deepspeed.utils.tensor_fragment import fragment_address  # noqa: PLC0415
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler  # noqa: PLC0415 - likewise
+    from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: PLC0415 - likewise
+    from deepspeed.utils.tensor_fragment import fragment_address  # noqa: PLC0415 - likewise
 
     plain = [LossScaler, ZeroStageEnum, fragment_address]
 
@@ -120,7 +120,7 @@ def own(net: Any) -> dict[str, torch.Tensor]:
 
 def full(p: torch.nn.Parameter) -> torch.Tensor:
     """All of a weight, with the precision that it learns in. All processes have to come."""
-    from deepspeed.runtime.zero import GatheredParameters  # noqa: PLC0415
+    from deepspeed.runtime.zero import GatheredParameters  # noqa: PLC0415 - likewise
     from deepspeed.utils import safe_get_full_fp32_param  # noqa: PLC0415 - an extra
 
     learnt: torch.Tensor | None = safe_get_full_fp32_param(p) if p.requires_grad else None
